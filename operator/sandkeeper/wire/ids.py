@@ -1,0 +1,67 @@
+"""Identity on the wire: sandbox ids and the gRPC metadata that carries the owner with every call."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Self
+
+OWNER_UID = "sandkeeper-owner-uid"
+OWNER_NAMESPACE = "sandkeeper-owner-namespace"
+OWNER_NAME = "sandkeeper-owner-name"
+OWNER_INSTANCE = "sandkeeper-instance"
+
+_ID = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
+_MAX_ID = 76
+
+
+def valid_id(text: str) -> bool:
+    """Whether `text` is an identifier as containerd has it: also safe as a file name.
+
+    Source: containerd pkg/identifiers (letters and digits, single `.`, `_`, `-` between, at most 76).
+    """
+    return len(text) <= _MAX_ID and _ID.fullmatch(text) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class OwnerKey:
+    """The object that owns a sandbox, and which instance of it is meant. Instances count from 1."""
+
+    namespace: str
+    name: str
+    uid: str
+    instance: int
+
+    @property
+    def sandbox_id(self) -> str:
+        """The id on the node: made of UID and instance alone, so a name used again never meets an old sandbox."""
+        return f"{self.uid}-{self.instance}"
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The gRPC metadata that every call of the operator carries; the shim fences by it."""
+        return (
+            (OWNER_UID, self.uid),
+            (OWNER_NAMESPACE, self.namespace),
+            (OWNER_NAME, self.name),
+            (OWNER_INSTANCE, str(self.instance)),
+        )
+
+    @classmethod
+    def from_metadata(cls, metadata: dict[str, str]) -> Self | None:
+        """The owner that a call names; None where it names none (containerd, for one).
+
+        Raises ValueError where it is named by halves.
+        """
+        if OWNER_UID not in metadata and OWNER_INSTANCE not in metadata:
+            return None
+        try:
+            return cls(
+                namespace=metadata.get(OWNER_NAMESPACE, ""),
+                name=metadata.get(OWNER_NAME, ""),
+                uid=metadata[OWNER_UID],
+                instance=int(metadata[OWNER_INSTANCE]),
+            )
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"metadata `{OWNER_UID}` and `{OWNER_INSTANCE}` must both be set, the second to a number"
+            ) from error
