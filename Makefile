@@ -1,0 +1,58 @@
+# Everything is here: `make demo` shows the main job, `make test` runs all tests. Both set up what they need.
+SHELL := /bin/sh
+VENV ?= .venv
+PYTHON3 ?= python3
+export PYTHONUNBUFFERED := 1
+bin := $(VENV)/bin
+py := $(bin)/python
+KEEP ?=
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench crds stubs lock setup lint unit clean
+
+help: ## This list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.ready: pyproject.toml requirements-dev.lock
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: Python 3.11 or newer is needed, $$($(PYTHON3) --version) was found: apt-get install python3, or set PYTHON3=" >&2; exit 1; }
+	@echo "==> Python packages into $(VENV)"
+	@$(PYTHON3) -m venv $(VENV) || { echo "make: no venv module: apt-get install python3-venv" >&2; exit 1; }
+	@$(bin)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@$(bin)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+setup: $(VENV)/.ready ## What demo and tests need: Python packages, Debian packages (asks), etcd and kube-apiserver
+	@$(py) -m sandkeeper.localcluster.preflight --install
+	@$(py) -m sandkeeper.localcluster.binaries
+
+demo: setup ## From kubectl apply to an exit status in the object, on a real API server and a real runtime
+	@KEEP=$(KEEP) $(bin)/sandkeeper demo
+
+test: setup check ## All tests: unit, then against a real API server with crun and runc
+	@$(py) -m pytest tests/integration tests/conformance tests/faults tests/e2e $(PYTEST_ARGS)
+
+check: $(VENV)/.ready ## All that needs no cluster: lint, types, layers, drift, unit tests
+	@$(bin)/ruff check .
+	@$(bin)/ruff format --check .
+	@$(bin)/mypy
+	@$(bin)/lint-imports --no-timing 2>/dev/null || $(bin)/lint-imports
+	@$(py) -m pytest tests/unit -q $(PYTEST_ARGS)
+
+bench: setup ## The figures of the README, into build/bench.json
+	@$(py) -m bench
+
+crds: $(VENV)/.ready ## Generate crds/ and docs/reference.md from the pydantic models
+	@$(py) hack/gen-api.py
+
+stubs: $(VENV)/.ready ## Generate the gRPC stubs from wire/*.proto
+	@PYTHON=$(py) hack/gen-stubs.sh
+
+lock: ## Pin the dependencies of pyproject.toml anew
+	@$(bin)/pip install --quiet uv
+	@$(bin)/uv pip compile -q --upgrade --generate-hashes --no-header --no-emit-index-url --no-emit-find-links --extra dev -o requirements-dev.lock pyproject.toml
+	@$(bin)/uv pip compile -q --generate-hashes --no-header --no-emit-index-url --no-emit-find-links -c requirements-dev.lock -o requirements.lock pyproject.toml
+
+clean: ## Remove what was built here
+	rm -rf build dist $(VENV) .mypy_cache .ruff_cache .pytest_cache
