@@ -31,7 +31,7 @@ demo: setup ## From kubectl apply to an exit status in the object, on a real API
 	@KEEP=$(KEEP) $(bin)/sandkeeper demo
 
 test: setup check ## All tests: unit, then against a real API server with crun and runc
-	@$(py) -m pytest tests/integration tests/conformance tests/faults tests/e2e $(PYTEST_ARGS)
+	@$(py) -m pytest tests --ignore=tests/unit $(PYTEST_ARGS)
 
 check: $(VENV)/.ready ## All that needs no cluster: lint, types, layers, drift, unit tests
 	@$(bin)/ruff check .
