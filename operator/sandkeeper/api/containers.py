@@ -57,22 +57,19 @@ DroppedCapability = Literal[
     "SYS_CHROOT",
 ]
 
-# distribution/reference's grammar, and skopeo's name for a local OCI layout.
+# Source: github.com/distribution/reference (regexp.go); of digests sha256 alone.
 _REFERENCE = (
-    r"^((([a-zA-Z0-9-]+(\\.[a-zA-Z0-9-]+)*|\\[[0-9a-fA-F:]+\\])(:[0-9]+)?/)?"
+    r"^(([a-zA-Z0-9-]+(\\.[a-zA-Z0-9-]+)*|\\[[0-9a-fA-F:]+\\])(:[0-9]+)?/)?"
     r"[a-z0-9]+((\\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\\.|_|__|-+)[a-z0-9]+)*)*"
-    r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[a-f0-9]{64})?"
-    r"|oci:(/[A-Za-z0-9._-]+)+(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?)$"
+    r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@sha256:[a-f0-9]{64})?$"
 )
 ImageReference = Annotated[
     str,
     Field(min_length=1, max_length=512),
     cel(
         f"self.matches('{_REFERENCE}')",
-        "must be an image reference, such as busybox:1.37, registry.example.com/team/app@sha256:<digest>"
-        " or, where the node allows the folder, oci:/path/to/layout:tag",
+        "must be an image reference, such as busybox:1.37 or registry.example.com/team/app@sha256:<digest>",
     ),
-    cel("!self.contains('/../') && !self.contains('/./')", "must be an image reference without `.` or `..`"),
 ]
 
 _NO_NUL = r"^[^\x00]*$"
@@ -232,7 +229,8 @@ class ContainerSpec(Model):
         str,
         PlainPath,
         cel(
-            f"{_ABSOLUTE} && {_PLAIN}", "must be an absolute path without `.`, `..`, `//` or a `/` at its end"
+            f"self == '' || {_ABSOLUTE} && {_PLAIN}",
+            "must be an absolute path without `.`, `..`, `//` or a `/` at its end",
         ),
         cel(_KERNEL, "must not be under /proc, /sys or /dev"),
     ] = ""
@@ -250,7 +248,7 @@ class ContainerSpec(Model):
         if self.image_pull_policy is not None:
             return self.image_pull_policy
         name, _, digest = self.image.partition("@")
-        if digest or name.startswith("oci:"):
+        if digest:
             return "IfNotPresent"
         tag = name.rpartition("/")[2].partition(":")[2]
         return "Always" if tag in ("", "latest") else "IfNotPresent"

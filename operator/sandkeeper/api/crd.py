@@ -1,7 +1,7 @@
 """CustomResourceDefinitions from the models. Why not a library: docs/decisions/0002-crd-generation.md.
 
-pydantic's JSON schema is turned into a Kubernetes structural schema: references inlined, `X | None` becomes an
-optional X, titles dropped, and only the defaults kept that the API server should fill in.
+pydantic's JSON schema is turned into a Kubernetes structural schema: references inlined, `X | None` becomes
+an optional X, titles dropped, and only the defaults kept that the API server should fill in.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def object_schema(resource: Resource) -> Schema:
 
 
 def _structural(schema: Schema, definitions: Schema, *, defaults: bool) -> Schema:
-    """One node of pydantic's JSON schema as a structural schema. Raises TypeError for what has no like there."""
+    """One node of pydantic's JSON schema as a structural schema. Raises TypeError where there is no such."""
     node = dict(schema)
     if "$ref" in node:
         target = definitions[node.pop("$ref").removeprefix("#/$defs/")]

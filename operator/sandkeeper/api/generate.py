@@ -60,8 +60,8 @@ def reference() -> str:
         "<!-- Generated from operator/sandkeeper/api by `make crds`. Do not edit. -->",
         "# API reference",
         "",
-        f"`{API_VERSION}`. `kubectl get {CATEGORY}` lists all kinds; `kubectl explain sandbox.spec` shows the same"
-        " texts as this page. What the words mean: [concepts](concepts.md).",
+        f"`{API_VERSION}`. `kubectl get {CATEGORY}` lists the objects; `kubectl explain sandbox.spec` has",
+        "the same texts. What the words mean: [concepts](concepts.md).",
     ]
     for resource in RESOURCES:
         lines += _kind(resource)

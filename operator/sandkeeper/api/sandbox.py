@@ -68,7 +68,7 @@ NodeSelector = Annotated[
     cel(
         "self.all(key, key.size() <= 317 && key.matches("
         r"'^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$'))",
-        "must have label keys: an optional DNS subdomain and `/`, then at most 63 letters, digits, `-`, `_`, `.`",
+        "must have label keys: an optional DNS subdomain and `/`, then at most 63 letters, digits, -, _, .",
     ),
 ]
 
