@@ -8,16 +8,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from sandkeeper.shim.engines.oci.images.manifest import OCI_MANIFEST, Descriptor
 from sandkeeper.shim.engines.oci.images.reference import is_digest
 from sandkeeper.shim.engines.oci.images.unpack import TAG
 
@@ -52,8 +54,8 @@ class Folders:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)  # images hold setuid programs: only root may reach them
 
-    @contextlib.contextmanager
-    def workspace(self) -> Iterator[Path]:
+    @contextlib.asynccontextmanager
+    async def workspace(self) -> AsyncIterator[Path]:
         """A folder for one piece of work, locked while it lasts, removed afterwards."""
         path = Path(tempfile.mkdtemp(dir=self.work))
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -61,7 +63,7 @@ class Folders:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield path
         finally:
-            shutil.rmtree(path, ignore_errors=True)
+            await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
             os.close(lock)
 
     def sweep(self) -> None:
@@ -92,14 +94,19 @@ class Folders:
         return grave
 
 
-def layout_over(blobs: Path, layout: Path, entry: dict[str, object] | None = None) -> None:
+def layout_over(blobs: Path, layout: Path, entry: Descriptor | None = None) -> None:
     """An OCI layout of one image whose blobs are elsewhere, so that tools that rewrite index.json
     never meet each other, and nothing is copied. entry: the image's descriptor, if it is there already."""
     layout.mkdir(mode=0o700)
     (layout / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
     (layout / "blobs").symlink_to(blobs.resolve(), target_is_directory=True)
     if entry is not None:
-        named = {**entry, "annotations": {"org.opencontainers.image.ref.name": TAG}}
+        named = {
+            "mediaType": entry.media_type or OCI_MANIFEST,
+            "digest": entry.digest,
+            "size": entry.size,
+            "annotations": {"org.opencontainers.image.ref.name": TAG},
+        }
         (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [named]}))
 
 

@@ -65,10 +65,10 @@ async def collect(
     index.save()
 
 
-def drop_blobs(folders: Folders, layout: Path, digest: str) -> None:
+def drop_blobs(folders: Folders, digest: str) -> None:
     """Removes from the cache what an image that could not be unpacked is made of."""
     with contextlib.suppress(OSError, ManifestError):
-        for blob in layouts.read_manifest(layout, digest).blobs:
+        for blob in layouts.read_manifest(folders.root, digest).blobs:
             layouts.blob_path(folders.root, blob).unlink(missing_ok=True)
     with contextlib.suppress(OSError, ManifestError):
         layouts.blob_path(folders.root, digest).unlink(missing_ok=True)

@@ -66,12 +66,12 @@ def read_manifest(layout: Path, digest: str) -> Manifest:
     return document
 
 
-def tagged(layout: Path) -> str:
-    """The digest of the only entry of a layout made for one image."""
+def tagged(layout: Path) -> Descriptor:
+    """The only entry of a layout made for one image."""
     entries = manifest.parse_index(_read(layout / "index.json"))
     if len(entries) != 1:
         raise ManifestError(f"manifests: must have one entry, has {len(entries)}")
-    return entries[0].digest
+    return entries[0]
 
 
 def blob_path(layout: Path, digest: str) -> Path:

@@ -54,7 +54,7 @@ class Registry:
         """
         argv = [*self._skopeo(), "inspect", "--raw", *self._access(ref, "")]
         try:
-            content = await self.run([*argv, f"docker://{ref}"], self._environment())
+            content = await self.run([*argv, f"docker://{ref}"], {})
         except tools.ToolError as error:
             raise _pull_error(ref, str(error)) from None
         digest = manifest.digest_of(content)
@@ -74,11 +74,18 @@ class Registry:
 
         Raises EngineError `ErrImagePull` (retryable).
         """
-        argv = [*self._skopeo(), "copy", "--quiet", "--format=oci", *self._access(ref, "src-")]
+        argv = [
+            *self._skopeo(),
+            "copy",
+            "--quiet",
+            "--format=oci",
+            "--dest-compress-format=gzip",
+            *self._access(ref, "src-"),
+        ]
         try:
             await self.run(
                 [*argv, f"docker://{ref.at(digest)}", f"oci:{layout}:{TAG}"],
-                {**self._environment(), "TMPDIR": str(tmp)},
+                {"TMPDIR": str(tmp)},
             )
         except tools.ToolError as error:
             raise _pull_error(ref, str(error)) from None
@@ -92,6 +99,8 @@ class Registry:
             f"--override-arch={self.platform.architecture}",
             *([variant] if variant and self.platform.architecture.startswith("arm") else []),
             *([f"--policy={policy}"] if policy else []),
+            # Hidden but old and stable; skopeo 1.9 does not know the variable yet.
+            *([f"--registries-conf={conf}"] if (conf := self.settings.registries_conf) else []),
         ]
 
     def _access(self, ref: Reference, side: str) -> list[str]:
@@ -101,10 +110,6 @@ class Registry:
         if ref.domain in self.settings.insecure_registries:
             flags.append(f"--{side}tls-verify=false")
         return flags
-
-    def _environment(self) -> dict[str, str]:
-        conf = self.settings.registries_conf
-        return {"CONTAINERS_REGISTRIES_CONF": str(conf)} if conf else {}
 
 
 def default_policy() -> Path | None:

@@ -17,7 +17,7 @@ from sandkeeper.shim.engines.oci.images import garbage, layouts, tools, unpack
 from sandkeeper.shim.engines.oci.images.flights import Flights
 from sandkeeper.shim.engines.oci.images.folders import Folders, layout_over
 from sandkeeper.shim.engines.oci.images.index import Index
-from sandkeeper.shim.engines.oci.images.manifest import ManifestError, Platform
+from sandkeeper.shim.engines.oci.images.manifest import Descriptor, ManifestError, Platform
 from sandkeeper.shim.engines.oci.images.reference import Reference, parse
 from sandkeeper.shim.engines.oci.images.registry import Registry, pull_error
 from sandkeeper.shim.engines.oci.images.types import Image, ImageSettings, Progress
@@ -26,7 +26,8 @@ from sandkeeper.wire import node_pb2
 log = logging.getLogger(__name__)
 
 # Each is a process of some 30 MiB: bounds that many different images at once must keep.
-_RESOLVES = 16
+_RESOLVES = 32
+_RESOLVE_SECONDS = 60.0  # a manifest is small: a registry that hangs must not hold a place for long
 _FETCHES = 6
 _UNPACKS = 2
 
@@ -126,40 +127,31 @@ class ImageStore:
     async def _take(self, ref: Reference, found: layouts.Found, tell: Progress) -> Image:
         """From a layout on the node."""
         tell("PullingImage", f"unpacking image {str(ref)!r} from its layout on the node")
-        digest = found.manifest.digest
-
-        async def make(_: Progress) -> Image:
-            with self._folders.workspace() as work:
-                entry: dict[str, object] = {
-                    "mediaType": found.manifest.media_type,
-                    "digest": digest,
-                    "size": found.manifest.size,
-                }
-                layout_over(found.layout / "blobs", work / "layout", entry)
-                return await self._unpack(ref, digest, digest, work)
-
-        image = await self._by_digest.fly(digest, make, _silent)
+        image = await self._unpacked(ref, found.manifest.digest, found.layout, found.manifest)
         self._index.name(str(ref), image.digest)
         return image
 
     async def _pull(self, ref: Reference, tell: Progress) -> Image:
-        """From its registry: only the manifest where the digest is here already."""
+        """From its registry: only the manifest where the name meant the same digest before."""
         tell("PullingImage", f"pulling image {str(ref)!r}")
         seconds = self._settings.image_pull_timeout
         try:
             async with asyncio.timeout(seconds):
-                async with self._resolving:
+                async with self._resolving, asyncio.timeout(_RESOLVE_SECONDS):
                     digest = await self._registry.resolve(ref)
-                image = self._index.by_digest(digest)
-                if image is None:
-                    image = await self._by_digest.fly(digest, lambda _: self._fetch(ref, digest), _silent)
+                image = self._index.get(str(ref))
+                if image is None or image.digest != digest:
+                    image = await self._fetch(ref, digest)
         except TimeoutError:
-            raise pull_error(ref, f"it was not complete after {seconds:g} s") from None
-        self._index.name(str(ref), image.digest)
+            raise pull_error(
+                ref, f"the registry did not answer in time, or the pull was not complete in {seconds:g} s"
+            ) from None
         return image
 
     async def _fetch(self, ref: Reference, digest: str) -> Image:
-        with self._folders.workspace() as work:
+        """Done also where another name brought the image here: the trust policy goes by name. Then
+        all blobs are here as well, and little is fetched."""
+        async with self._folders.workspace() as work:
             layout = work / "layout"
             layout_over(self._folders.blobs, layout)
             async with self._fetching:
@@ -169,27 +161,40 @@ class ImageStore:
                 local = layouts.tagged(layout)
             except (OSError, ManifestError) as error:
                 raise pull_error(ref, f"skopeo left no usable layout: {error}") from None
+        image = self._index.by_digest(digest)
+        if image is None:
             try:
-                return await self._unpack(ref, digest, local, work)
+                image = await self._unpacked(ref, digest, self._folders.root, local)
             except EngineError:
-                garbage.drop_blobs(self._folders, layout, local)  # one may be damaged: fetch it anew
+                garbage.drop_blobs(self._folders, local.digest)  # one may be damaged: fetch it anew
                 raise
-
-    async def _unpack(self, ref: Reference, digest: str, local: str, work: Path) -> Image:
-        """Unpacks work/layout and publishes it under the digest."""
-        made = work / "image"
-        async with self._unpacking:
-            parsed, config = await unpack.unpack(work / "layout", local, made, self._platform, self._run)
-            try:
-                size = await asyncio.to_thread(unpack.seal, made, [str(ref)], digest, local, parsed, config)
-            except OSError as error:
-                raise pull_error(ref, f"it cannot be written: {error.strerror}") from None
-        # Nothing is awaited from here on: published and known are one step for everyone else.
-        self._folders.publish(made, digest)
-        image = Image(digest, self._folders.image(digest) / "rootfs", config)
-        self._index.add(image, size, frozenset({local, *parsed.blobs}), [str(ref)])
-        log.info("image ready", extra={"image": str(ref), "digest": digest, "bytes": size})
+        self._index.name(str(ref), digest)
         return image
+
+    async def _unpacked(self, ref: Reference, digest: str, source: Path, entry: Descriptor) -> Image:
+        """Unpacks the image `entry` of source/blobs and publishes it under the digest: once, whoever asks."""
+
+        async def make(_: Progress) -> Image:
+            async with self._unpacking:
+                async with self._folders.workspace() as work:
+                    layout_over(source / "blobs", work / "layout", entry)
+                    made = work / "image"
+                    parsed, config = await unpack.unpack(
+                        work / "layout", entry.digest, made, self._platform, self._run
+                    )
+                    blobs = frozenset({entry.digest, *parsed.blobs})
+                    try:
+                        size = await asyncio.to_thread(unpack.seal, made, [str(ref)], digest, blobs, config)
+                    except OSError as error:
+                        raise pull_error(ref, f"it cannot be written: {error.strerror}") from None
+                    # Nothing is awaited from here on: published and known are one step for everyone else.
+                    self._folders.publish(made, digest)
+                    image = Image(digest, self._folders.image(digest) / "rootfs", config)
+                    self._index.add(image, size, blobs, [str(ref)])
+                    log.info("image ready", extra={"image": str(ref), "digest": digest, "bytes": size})
+                    return image
+
+        return await self._by_digest.fly(digest, make, _silent)
 
 
 def _silent(reason: str, message: str) -> None:

@@ -65,9 +65,7 @@ def check_tree(rootfs: Path, digest: str) -> None:
             raise invalid(digest, f"its /{name} is {kind}")
 
 
-def seal(
-    folder: Path, references: list[str], digest: str, local: str, parsed: Manifest, config: ImageConfig
-) -> int:
+def seal(folder: Path, references: list[str], digest: str, blobs: frozenset[str], config: ImageConfig) -> int:
     """Writes image.json, which makes the folder complete by itself, and brings all of it to the
     disk, so that a power cut after the rename leaves no half image. Returns the bytes used."""
     size = _disk_usage(folder / "rootfs")
@@ -75,7 +73,7 @@ def seal(
         "digest": digest,
         "references": references,
         "size": size,
-        "blobs": [local, *parsed.blobs],
+        "blobs": sorted(blobs),
         "config": asdict(config),
     }
     (folder / "image.json").write_text(json.dumps(document))
