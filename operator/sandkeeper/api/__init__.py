@@ -12,7 +12,7 @@ from sandkeeper.api.containers import (
     Volume,
     VolumeMount,
 )
-from sandkeeper.api.meta import Assignment, Condition, ObjectMeta
+from sandkeeper.api.meta import Condition, ObjectMeta
 from sandkeeper.api.names import (
     API_VERSION,
     ASSIGNMENT_ANNOTATION,
@@ -75,7 +75,6 @@ __all__ = [
     "STALLED",
     "TRANSIENT_CONDITIONS",
     "VERSION",
-    "Assignment",
     "Capabilities",
     "Condition",
     "ContainerSpec",

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from datetime import datetime
-from typing import Annotated, Literal, Self
+from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from sandkeeper.api.names import ASSIGNMENT_ANNOTATION
 from sandkeeper.api.schema import CamelCase, Int64, Message, Model, Time
 
 
@@ -42,31 +40,3 @@ class Condition(Model):
     """When `status` changed last."""
     observed_generation: Int64 | None = None
     """The `metadata.generation` that the condition was computed from."""
-
-
-class Assignment(Model):
-    """Where an instance is or may be: written into the object before Start, so that no reply that gets
-    lost can lead to a second copy."""
-
-    node: str
-    instance: Annotated[int, Field(ge=1)]
-    digest: str = ""
-    runtime: str = ""
-
-    @classmethod
-    def of(cls, metadata: ObjectMeta) -> Self | None:
-        """The assignment that the object carries; None where there is none.
-
-        Raises ValueError where the annotation was spoiled by somebody.
-        """
-        text = metadata.annotations.get(ASSIGNMENT_ANNOTATION)
-        if text is None:
-            return None
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise ValueError(f"annotation `{ASSIGNMENT_ANNOTATION}` must be an assignment") from error
-
-    def to_annotation(self) -> str:
-        """Compact JSON, keys in a fixed order."""
-        return json.dumps(self.model_dump(), separators=(",", ":"))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from sandkeeper.api.containers import Containers, ExitSignal, ExitStatus, Volumes
-from sandkeeper.api.meta import Assignment, Condition, ObjectMeta
+from sandkeeper.api.meta import Condition, ObjectMeta
 from sandkeeper.api.names import API_VERSION, SANDBOX
 from sandkeeper.api.quantity import parse_bytes, parse_cpu_millis
 from sandkeeper.api.schema import (
@@ -232,15 +231,6 @@ class Sandbox(Model):
     """What should run, where, and for how long."""
     status: SandboxStatus = SandboxStatus()
     """What was observed. Written by the operator alone."""
-
-    @property
-    def assignment(self) -> Assignment | None:
-        """See `Assignment.of`. Raises ValueError where the annotation is spoiled."""
-        return Assignment.of(self.metadata)
-
-    @property
-    def deletion_timestamp(self) -> datetime | None:
-        return self.metadata.deletion_timestamp
 
 
 def process_spec(spec: SandboxSpec) -> dict[str, Any]:

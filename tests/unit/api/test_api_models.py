@@ -6,9 +6,6 @@ import pytest
 from pydantic import ValidationError
 
 from sandkeeper.api import (
-    ASSIGNMENT_ANNOTATION,
-    Assignment,
-    ObjectMeta,
     Sandbox,
     SandboxSpec,
     SandboxStatus,
@@ -147,17 +144,3 @@ def test_digest_is_the_same_in_every_release() -> None:
     assert instance_digest(spec()) == (
         "sha256:591a49d833a08bfc30740af81d41d16356304ad086aa05e2480c2b05aa0eef01"
     )
-
-
-def test_assignment_survives_its_annotation() -> None:
-    assignment = Assignment(node="n1", instance=3, digest="sha256:0", runtime="crun")
-    text = assignment.to_annotation()
-    assert text == '{"node":"n1","instance":3,"digest":"sha256:0","runtime":"crun"}'
-    assert Assignment.of(ObjectMeta(annotations={ASSIGNMENT_ANNOTATION: text})) == assignment
-    assert Assignment.of(ObjectMeta()) is None
-
-
-@pytest.mark.parametrize("text", ["", "{}", "null", '{"node":"n","instance":0}', '{"node":"n","instance":'])
-def test_a_spoiled_assignment_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="must be an assignment"):
-        Assignment.of(ObjectMeta(annotations={ASSIGNMENT_ANNOTATION: text}))
