@@ -18,8 +18,8 @@ FINALIZER = f"{GROUP}/shutdown"
 """Kept on a Sandbox from before its first Start until its absence from the node is proven."""
 
 ASSIGNMENT_ANNOTATION = f"{GROUP}/assignment"
-"""Node, instance, digest and runtime as JSON, written before Start, so that no lost reply can lead to a second
-copy."""
+"""Node, instance, digest and runtime as JSON, written before Start, so that no lost reply can lead to a
+second copy."""
 
 SCHEDULED = "Scheduled"
 RUNNING = "Running"
