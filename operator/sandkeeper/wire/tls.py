@@ -1,0 +1,92 @@
+"""Mutual TLS between operator and shim.
+
+Both sides show a certificate of one private CA. The client checks the node's name in the server's certificate
+(or a hostile node could answer for another); the server accepts only the identities that it was told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+OPERATOR_IDENTITY = "sandkeeper-operator"
+"""The operator's name: a DNS name in its certificate's subjectAltName, or the common name."""
+
+MINIMUM_TLS = "TLS 1.2"
+"""gRPC's C core refuses anything older."""
+
+
+@dataclass(frozen=True, slots=True)
+class TLSFiles:
+    """PEM files: the CA that the other side's certificate must come from, our certificate, its private key."""
+
+    ca: Path
+    cert: Path
+    key: Path
+
+    def read(self) -> tuple[bytes, bytes, bytes]:
+        """(ca, certificate, key). Raises OSError naming the file that cannot be read."""
+        return Path(self.ca).read_bytes(), Path(self.cert).read_bytes(), Path(self.key).read_bytes()
+
+
+@dataclass(frozen=True, slots=True)
+class ClientTLS:
+    files: TLSFiles
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        ca, cert, key = self.files.read()
+        return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTLS:
+    """A server that demands a client certificate. Its own certificate is read anew when its file changes, so
+    that a rotation needs no restart and cuts no stream."""
+
+    files: TLSFiles
+
+    def credentials(self) -> grpc.ServerCredentials:
+        current = self._configuration()
+        last = self._stamp()
+
+        def fetch() -> grpc.ServerCertificateConfiguration | None:
+            nonlocal last
+            try:
+                stamp = self._stamp()
+                if stamp == last:
+                    return None
+                last, renewed = stamp, self._configuration()
+            except OSError:
+                return None  # in mid-replacement: the old one still serves
+            return renewed
+
+        # The stubs do not know that None ("nothing new") is an answer; grpc's documentation does.
+        return grpc.dynamic_ssl_server_credentials(
+            current,
+            fetch,  # type: ignore[arg-type]
+            require_client_authentication=True,
+        )
+
+    def _configuration(self) -> grpc.ServerCertificateConfiguration:
+        ca, cert, key = self.files.read()
+        return grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=ca)
+
+    def _stamp(self) -> tuple[int, ...]:
+        return tuple(Path(f).stat().st_mtime_ns for f in (self.files.ca, self.files.cert, self.files.key))
+
+
+def identities(auth_context: Mapping[str, list[bytes]]) -> frozenset[str]:
+    """The names that a peer's verified certificate carries: subjectAltName, or else the common name."""
+    names = auth_context.get("x509_subject_alternative_name") or auth_context.get("x509_common_name") or []
+    return frozenset(name.decode("utf-8", "replace") for name in names)
+
+
+def allowed(auth_context: Mapping[str, list[bytes]], permitted: frozenset[str]) -> bool:
+    """Whether a peer may call: over a unix socket (mode 0600) always, over TLS with a permitted identity."""
+    transport = auth_context.get("transport_security_type", [b""])[0]
+    if transport != b"ssl":
+        return True
+    return bool(identities(auth_context) & permitted)
