@@ -1,0 +1,188 @@
+"""The life of one instance: how it ended, what that means, and when something is due. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from sandkeeper.control.observation import Absent, Observation, Present
+from sandkeeper.wire import node_pb2
+
+COMPLETED = "Completed"
+STOPPED = "Stopped"
+DEADLINE_EXCEEDED = "DeadlineExceeded"
+SANDBOX_LOST = "SandboxLost"
+NODE_LOST = "ShimLost"
+START_ERROR = "StartError"
+
+# A node's clock may differ from ours: an exit this much before the deadline still counts as the deadline's.
+CLOCK_SKEW = timedelta(seconds=2)
+MAX_BACKOFF_SECONDS = 3600.0
+
+Wish = Literal["Running", "Paused", "Stopped"]
+LIVE = (node_pb2.STATE_RUNNING, node_pb2.STATE_PAUSED)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How an instance ended. `status` is None where no process gave one (lost, never started)."""
+
+    reason: str
+    at: datetime
+    status: int | None = None
+    signal: int | None = None
+    message: str = ""
+
+    @property
+    def succeeded(self) -> bool:
+        return self.status == 0 and self.reason == COMPLETED
+
+
+def moment(stamp: Timestamp) -> datetime:
+    """A protobuf timestamp as an aware datetime; a time out of range becomes the nearest that is in it."""
+    try:
+        return stamp.ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        return datetime.max.replace(tzinfo=UTC) if stamp.seconds > 0 else datetime.min.replace(tzinfo=UTC)
+
+
+def shut_down_due(o: Observation) -> bool:
+    """shutdownTime has passed."""
+    at = o.sandbox.spec.shutdown_time
+    return at is not None and o.now >= at
+
+
+def wish(o: Observation) -> Wish:
+    """What should be now: desiredState, and Stopped from shutdownTime on."""
+    return "Stopped" if shut_down_due(o) else o.sandbox.spec.desired_state
+
+
+def of_this_instance(o: Observation) -> bool:
+    """The status in the API speaks of the instance that is assigned now."""
+    status = o.sandbox.status
+    return o.assignment is not None and status.instance == o.assignment.instance
+
+
+def was_started(o: Observation) -> bool:
+    """The API's status says that this instance ran."""
+    return of_this_instance(o) and o.sandbox.status.started_at is not None
+
+
+def recorded_ending(o: Observation) -> Ending | None:
+    """The end of this instance as the API's status has it: safe, whatever becomes of the node."""
+    status = o.sandbox.status
+    if not of_this_instance(o) or status.exited_at is None:
+        return None
+    return Ending(
+        reason=status.exit_reason or "Error",
+        at=status.exited_at,
+        status=status.exit_status,
+        signal=status.exit_signal,
+        message=status.exit_message or "",
+    )
+
+
+def ending(o: Observation) -> Ending | None:
+    """The end of this instance: from the API, else from the node, else because it is lost; None while it
+    lives."""
+    if o.assignment is None:
+        return None
+    recorded = recorded_ending(o)
+    if recorded is not None:
+        return recorded
+    if isinstance(o.record, Present) and (end := _ending_on_node(o, o.record.record)) is not None:
+        return end
+    if o.node is None or o.node.out_of_service:
+        gone = f"node {o.assignment.node} is declared gone"
+        return Ending(NODE_LOST, o.now, message=gone) if was_started(o) else None
+    if isinstance(o.record, Absent) and o.record.proven and was_started(o):
+        lost = f"node {o.assignment.node} does not know the instance any more"
+        return Ending(SANDBOX_LOST, o.now, message=lost)
+    return None
+
+
+def _ending_on_node(o: Observation, record: node_pb2.SandboxRecord) -> Ending | None:
+    if record.state == node_pb2.STATE_FAILED:
+        return Ending(record.reason or START_ERROR, o.now, message=record.message)
+    if record.state != node_pb2.STATE_EXITED:
+        return None
+    exit_ = record.exit
+    reason = exit_.reason or (COMPLETED if exit_.status == 0 else "Error")
+    at = moment(exit_.exited_at) if exit_.HasField("exited_at") else o.now
+    if reason == STOPPED and _ended_by_deadline(o, record, at):
+        reason = DEADLINE_EXCEEDED
+    lost = reason == SANDBOX_LOST
+    return Ending(reason, at, None if lost else exit_.status, exit_.signal or None, exit_.message)
+
+
+def _ended_by_deadline(o: Observation, record: node_pb2.SandboxRecord, at: datetime) -> bool:
+    limit = o.sandbox.spec.active_deadline_seconds
+    if limit is None or wish(o) == "Stopped" or not record.HasField("started_at"):
+        return False
+    return at + CLOCK_SKEW >= moment(record.started_at) + timedelta(seconds=limit)
+
+
+def deadline(o: Observation) -> datetime | None:
+    """When activeDeadlineSeconds ends the running instance."""
+    limit = o.sandbox.spec.active_deadline_seconds
+    if limit is None or not isinstance(o.record, Present) or not o.record.record.HasField("started_at"):
+        return None
+    return moment(o.record.record.started_at) + timedelta(seconds=limit)
+
+
+def restart_wanted(o: Observation) -> bool:
+    """It ended because it was asked to, and is asked to run again."""
+    end = ending(o)
+    return end is not None and end.reason == STOPPED and wish(o) != "Stopped"
+
+
+def recreation_due(o: Observation) -> datetime | None:
+    """When failurePolicy makes a new instance of one that failed; None where it does not."""
+    end, policy = ending(o), o.sandbox.spec.failure_policy
+    if end is None or o.assignment is None or policy.recreate != "OnFailure":
+        return None
+    if end.succeeded or end.reason in (STOPPED, DEADLINE_EXCEEDED) or wish(o) == "Stopped":
+        return None
+    if o.assignment.recreations >= policy.limit:
+        return None
+    # float ** may overflow; the bound is reached long before.
+    factor = 2.0 ** min(o.assignment.recreations, 32)
+    return end.at + timedelta(seconds=min(policy.backoff_seconds * factor, MAX_BACKOFF_SECONDS))
+
+
+def expiry(o: Observation) -> datetime | None:
+    """When ttlSecondsAfterFinished deletes the object of an instance that is finished for good."""
+    ttl, end = o.sandbox.spec.ttl_seconds_after_finished, recorded_ending(o)
+    if ttl is None or end is None or not finished_for_good(o):
+        return None
+    return end.at + timedelta(seconds=ttl)
+
+
+def finished_for_good(o: Observation) -> bool:
+    """It ended, and nothing that is asked for now starts it again."""
+    end = ending(o)
+    if end is None or recreation_due(o) is not None or restart_wanted(o):
+        return False
+    # One that `desiredState: Stopped` stopped waits to run again.
+    return end.reason != STOPPED or shut_down_due(o)
+
+
+def forget_due(o: Observation) -> datetime | None:
+    """When the node may forget an instance whose end is safe in the API."""
+    end = recorded_ending(o)
+    return None if end is None else end.at + timedelta(seconds=o.retention)
+
+
+def next_look(o: Observation) -> float | None:
+    """Seconds until the clock alone changes what is to be done; None where it never does."""
+    moments = [deadline(o), recreation_due(o), expiry(o)]
+    if not shut_down_due(o):
+        moments.append(o.sandbox.spec.shutdown_time)
+    if isinstance(o.record, Present):
+        moments.append(forget_due(o))
+    ahead = [(at - o.now).total_seconds() for at in moments if at is not None and at > o.now]
+    # A millisecond over, so that the timer never fires just before the moment.
+    return min(ahead) + 0.001 if ahead else None
