@@ -156,6 +156,8 @@ class Life(RuleBasedStateMachine):
         try:
             raw = world.kube.of(key)
         except Gone:
+            # Our finalizer was never off while something could run.
+            assert not [id_ for shim in world.nodes.shims.values() for id_ in shim.running(key.uid)]
             return
         assert not raw["metadata"].get("deletionTimestamp")
         ready, ended = world.condition(key, "Ready"), "exitedAt" in raw["status"]
