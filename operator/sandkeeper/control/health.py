@@ -30,8 +30,8 @@ class HealthServer:
         """Listen; returns the address and port that it really listens on. Raises OSError."""
         app = web.Application()
         app.router.add_get("/metrics", self._serve_metrics)
-        app.router.add_get("/healthz", lambda request: self._answer(self._healthz))
-        app.router.add_get("/readyz", lambda request: self._answer({**self._healthz, **self._readyz}))
+        app.router.add_get("/healthz", self._serve_healthz)
+        app.router.add_get("/readyz", self._serve_readyz)
         runner = web.AppRunner(app, access_log=None, handle_signals=False)
         await runner.setup()
         self._runner = runner
@@ -48,10 +48,15 @@ class HealthServer:
     async def _serve_metrics(self, request: web.Request) -> web.Response:
         return web.Response(body=self._metrics(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    async def _answer(self, checks: Mapping[str, Check]) -> web.Response:
-        found = {name: check() for name, check in checks.items()}
-        lines = [
-            f"[+] {name}: ok" if wrong is None else f"[-] {name}: {wrong}" for name, wrong in found.items()
-        ]
-        healthy = all(wrong is None for wrong in found.values())
-        return web.Response(text="\n".join(lines) + "\n", status=200 if healthy else 503)
+    async def _serve_healthz(self, request: web.Request) -> web.Response:
+        return _answer(self._healthz)
+
+    async def _serve_readyz(self, request: web.Request) -> web.Response:
+        return _answer({**self._healthz, **self._readyz})
+
+
+def _answer(checks: Mapping[str, Check]) -> web.Response:
+    found = {name: check() for name, check in checks.items()}
+    lines = [f"[+] {name}: ok" if wrong is None else f"[-] {name}: {wrong}" for name, wrong in found.items()]
+    healthy = all(wrong is None for wrong in found.values())
+    return web.Response(text="\n".join(lines) + "\n", status=200 if healthy else 503)

@@ -11,10 +11,9 @@ import logging
 import random
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Protocol
 
-from sandkeeper.control.nodes import Nodes
 from sandkeeper.control.observation import Key
 from sandkeeper.control.ports import KubeError, Raw
 from sandkeeper.control.queue import Queue
@@ -31,6 +30,12 @@ class _Kube(Protocol):
     async def nodes(self) -> list[Raw]: ...
 
 
+class _Nodes(Protocol):
+    def put(self, body: Raw) -> None: ...
+    def remove(self, name: str) -> None: ...
+    def links(self) -> Mapping[str, object]: ...
+
+
 class _Metrics(Protocol):
     def watch_event(self, resource: str, kind: str) -> None: ...
     def watch_missed(self) -> None: ...
@@ -42,7 +47,7 @@ class Informer:
     def __init__(
         self,
         store: Store,
-        nodes: Nodes,
+        nodes: _Nodes,
         queue: Queue[Key],
         kube: _Kube,
         metrics: _Metrics,

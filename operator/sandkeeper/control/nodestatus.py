@@ -119,12 +119,15 @@ class NodeStatusWriter:
         nodes: _Nodes,
         kube: _Kube,
         count_on: Callable[[str], int],
+        *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._nodes = nodes
         self._kube = kube
         self._count_on = count_on
         self._clock = clock
+        self._monotonic = monotonic
         self._written: dict[str, tuple[str, Raw, float]] = {}  # uid, what was written, when
 
     async def write(self, name: str) -> float | None:
@@ -142,7 +145,7 @@ class NodeStatusWriter:
         if after == before:
             return None
         if written is not None and {**after, "sandboxes": before.get("sandboxes")} == before:
-            wait = written[2] + COUNT_EVERY - time.monotonic()
+            wait = written[2] + COUNT_EVERY - self._monotonic()
             if wait > 0:
                 return wait
         # A merge patch takes nothing away by itself: what is gone must be there as null.
@@ -157,7 +160,7 @@ class NodeStatusWriter:
             # Another object by now, or none: the watch tells.
             self._written.pop(name, None)
             return None
-        self._written[name] = (uid, answer.get("status") or {}, time.monotonic())
+        self._written[name] = (uid, answer.get("status") or {}, self._monotonic())
         return None
 
 
