@@ -1,0 +1,230 @@
+"""etcd and kube-apiserver as plain processes on loopback, their kubeconfig, and kubectl."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import ssl
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sandkeeper.api.generate import generated_files
+from sandkeeper.localcluster import binaries, pki
+from sandkeeper.localcluster.processes import Processes
+
+CONTEXT = "sandkeeper-local"
+READY_TIMEOUT = 120.0
+_POLL = 0.05
+
+Say = Callable[[str], None]
+
+
+class KubectlError(Exception):
+    """kubectl failed; the message is what it said."""
+
+
+class NotReady(Exception):
+    """Something did not become ready in time."""
+
+
+class Kubectl:
+    """kubectl for one kubeconfig."""
+
+    def __init__(
+        self, program: Path, kubeconfig: Path, *, context: str = "", cache: Path | None = None
+    ) -> None:
+        self.kubeconfig = kubeconfig
+        self._argv = [
+            str(program),
+            "--kubeconfig",
+            str(kubeconfig),
+            *(["--context", context] if context else []),
+        ]
+        # Its own cache of what the server offers: a port used before may now be another cluster's.
+        self._environment = os.environ | {"KUBECACHEDIR": str(cache or kubeconfig.parent / "kubectl-cache")}
+
+    def run(self, *args: str, input: str | None = None) -> subprocess.CompletedProcess[str]:  # noqa: A002
+        """Runs kubectl, whatever comes of it."""
+        return subprocess.run(
+            [*self._argv, *args],
+            input=input,
+            stdin=subprocess.DEVNULL if input is None else None,
+            capture_output=True,
+            text=True,
+            check=False,
+            env=self._environment,
+        )
+
+    def __call__(self, *args: str, input: str | None = None, check: bool = True) -> str:  # noqa: A002
+        """kubectl's output. Raises KubectlError when it fails and `check` is set."""
+        result = self.run(*args, input=input)
+        if check and result.returncode != 0:
+            raise KubectlError(f"kubectl {' '.join(args)}: {result.stderr.strip() or result.stdout.strip()}")
+        return result.stdout
+
+
+class ApiServer:
+    """One etcd and one kube-apiserver in `folder`, with our CRDs."""
+
+    def __init__(self, folder: Path, processes: Processes) -> None:
+        self.folder = folder
+        self.processes = processes
+        self.kubeconfig = folder / "kubeconfig"
+        self._tools: dict[str, binaries.Found] | None = None
+
+    @property
+    def tools(self) -> dict[str, binaries.Found]:
+        self._tools = self._tools or binaries.ensure()
+        return self._tools
+
+    @property
+    def kubectl(self) -> Kubectl:
+        return Kubectl(self.tools["kubectl"].path, self.kubeconfig)
+
+    def start(self, *, tied: bool = False, say: Say | None = None) -> None:
+        """Starts what does not run; `wait` tells when it serves. tied: both end with this process."""
+        self._tools = binaries.ensure(say=say)
+        ports = self._ports()
+        folder, etcd = self.folder, f"http://127.0.0.1:{ports['etcd']}"
+        if not self.processes.alive("etcd"):
+            self.processes.spawn(
+                "etcd",
+                [
+                    str(self.tools["etcd"].path),
+                    f"--data-dir={folder / 'etcd'}",
+                    f"--listen-client-urls={etcd}",
+                    f"--advertise-client-urls={etcd}",
+                    f"--listen-peer-urls=http://127.0.0.1:{ports['etcd-peer']}",
+                    "--unsafe-no-fsync",
+                    "--log-level=warn",
+                ],
+                env={"PATH": os.defpath},
+                tied=tied,
+            )
+        if not self.processes.alive("kube-apiserver"):
+            self._start_apiserver(etcd, ports["kube-apiserver"], tied)
+
+    def _start_apiserver(self, etcd: str, port: int, tied: bool) -> None:
+        ca = pki.CA.create(self.folder / "pki" / "kubernetes", "sandkeeper local Kubernetes")
+        serving = ca.server(
+            "kube-apiserver", ("localhost", "127.0.0.1", "kubernetes.default.svc", "10.0.0.1")
+        )
+        admin = ca.client("admin", organizations=("system:masters",))
+        service_accounts = pki.signing_key(ca.folder / "service-accounts.key")
+        self._write_kubeconfig(port, admin.ca, admin.cert, admin.key)
+        self.processes.spawn(
+            "kube-apiserver",
+            [
+                str(self.tools["kube-apiserver"].path),
+                f"--etcd-servers={etcd}",
+                "--bind-address=127.0.0.1",
+                f"--secure-port={port}",
+                f"--client-ca-file={ca.cert}",
+                f"--tls-cert-file={serving.cert}",
+                f"--tls-private-key-file={serving.key}",
+                "--service-account-issuer=https://kubernetes.default.svc",
+                f"--service-account-signing-key-file={service_accounts}",
+                f"--service-account-key-file={service_accounts}",
+                "--authorization-mode=RBAC",
+                "--service-cluster-ip-range=10.0.0.0/24",
+                "--endpoint-reconciler-type=none",
+                "--allow-privileged=true",
+                "--profiling=false",
+            ],
+            env={"PATH": os.defpath},
+            tied=tied,
+        )
+
+    def wait(self) -> None:
+        """Returns when the API server is ready. Raises ProcessDied, NotReady."""
+        kubeconfig = yaml.safe_load(self.kubeconfig.read_text())
+        user, server = kubeconfig["users"][0]["user"], kubeconfig["clusters"][0]["cluster"]
+        context = ssl.create_default_context(cafile=server["certificate-authority"])
+        context.load_cert_chain(user["client-certificate"], user["client-key"])
+        deadline = time.monotonic() + READY_TIMEOUT
+        while True:
+            for name in ("etcd", "kube-apiserver"):
+                self.processes.check(name)
+            try:
+                with urllib.request.urlopen(f"{server['server']}/readyz", timeout=2, context=context):  # noqa: S310
+                    return
+            except urllib.error.HTTPError as error:
+                error.close()
+            except OSError:
+                pass
+            if time.monotonic() > deadline:
+                raise NotReady(f"kube-apiserver: {self.processes.tail('kube-apiserver')}")
+            time.sleep(_POLL)
+
+    def apply_crds(self) -> None:
+        """Applies our CRDs; returns when the API server serves them."""
+        apply_crds(self.kubectl)
+
+    def stop(self) -> None:
+        self.processes.stop("kube-apiserver", grace=5)
+        self.processes.stop("etcd", grace=5)
+
+    def _ports(self) -> dict[str, int]:
+        path = self.folder / "ports.json"
+        if path.exists():
+            stored: dict[str, int] = json.loads(path.read_text())
+            return stored
+        self.folder.mkdir(parents=True, exist_ok=True)
+        names = ("etcd", "etcd-peer", "kube-apiserver")
+        ports = dict(zip(names, free_ports(len(names)), strict=True))
+        path.write_text(json.dumps(ports))
+        return ports
+
+    def _write_kubeconfig(self, port: int, ca: Path, cert: Path, key: Path) -> None:
+        document: dict[str, Any] = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": CONTEXT,
+            "clusters": [
+                {
+                    "name": CONTEXT,
+                    "cluster": {"server": f"https://127.0.0.1:{port}", "certificate-authority": str(ca)},
+                }
+            ],
+            "users": [{"name": CONTEXT, "user": {"client-certificate": str(cert), "client-key": str(key)}}],
+            "contexts": [{"name": CONTEXT, "context": {"cluster": CONTEXT, "user": CONTEXT}}],
+        }
+        with tempfile.NamedTemporaryFile("w", dir=self.folder, delete=False) as file:  # mode 0600
+            yaml.safe_dump(document, file)
+        Path(file.name).replace(self.kubeconfig)
+
+
+def crds() -> str:
+    """Our CustomResourceDefinitions as YAML documents."""
+    files = generated_files()
+    names = sorted(name for name in files if name.startswith("crds/") and "kustomization" not in name)
+    return "---\n".join(files[name] for name in names)
+
+
+def apply_crds(kubectl: Kubectl) -> None:
+    """Applies our CRDs; returns when the API server serves them."""
+    applied = kubectl(
+        "apply", "--server-side", "--force-conflicts", "-o", "name", "-f", "-", input=crds()
+    ).split()
+    kubectl("wait", "--for=condition=Established", "--timeout=60s", *applied)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of loopback that nobody listens on now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
