@@ -16,15 +16,15 @@ class KubeError(Exception):
     """The API server could not be reached or failed; the pass is tried again with back-off."""
 
 
-class Conflict(KubeError):  # noqa: N818 - what the API server calls it
+class Conflict(KubeError):
     """HTTP 409: what was written was built on an older version of the object, or another object's UID."""
 
 
-class Gone(KubeError):  # noqa: N818
+class Gone(KubeError):
     """HTTP 404: the object does not exist any more."""
 
 
-class Rejected(KubeError):  # noqa: N818
+class Rejected(KubeError):
     """HTTP 400, 403 or 422: the API server will not take it; trying again changes nothing by itself."""
 
 
