@@ -60,11 +60,16 @@ class CA:
         return self._issue(name, name, (), hosts, (_SERVER,))
 
     def client(
-        self, name: str, *, organizations: tuple[str, ...] = (), hosts: tuple[str, ...] = ()
+        self,
+        name: str,
+        *,
+        organizations: tuple[str, ...] = (),
+        hosts: tuple[str, ...] = (),
+        file: str | None = None,
     ) -> TLSFiles:
         """A client's certificate: to Kubernetes `name` is the user and `organizations` the groups; `hosts` are
-        the names that a shim looks at."""
-        return self._issue(name, name, organizations, hosts, (_CLIENT,))
+        the names that a shim looks at. file: <file>.crt and <file>.key; default: `name`."""
+        return self._issue(file or name, name, organizations, hosts, (_CLIENT,))
 
     def _issue(
         self,

@@ -1,0 +1,315 @@
+"""All of Sandkeeper on one machine: API server, shims and operator as plain processes below one folder.
+
+Everything that `up` decided is in the folder's cluster.json, so `down`, `status` and a restart work from any process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from sandkeeper.localcluster import pki
+from sandkeeper.localcluster.apiserver import ApiServer, Kubectl, NotReady, Say, free_ports
+from sandkeeper.localcluster.ocilayout import busybox_image, write_layout
+from sandkeeper.localcluster.processes import Processes
+from sandkeeper.localcluster.shims import ShimCalls
+from sandkeeper.wire.errors import ShimError
+from sandkeeper.wire.tls import OPERATOR_IDENTITY, TLSFiles
+
+Engine = Literal["oci", "simulated"]
+OPERATOR = "operator"
+OFFLINE_IMAGE = "docker.io/library/busybox:1.37"
+READY_TIMEOUT = 60.0
+_POLL = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `up` was asked for."""
+
+    engine: Engine = "oci"
+    operator: bool = True
+    shim_ports: tuple[int, ...] = ()
+    operator_port: int = 0
+    shim_env: dict[str, str] = field(default_factory=dict)
+    operator_env: dict[str, str] = field(default_factory=dict)
+    tied: bool = False
+
+
+class LocalCluster:
+    """A cluster in `folder`. The folder's path should be short: unix sockets below it have at most 107 bytes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.processes = Processes(self.folder)
+        self.api = ApiServer(self.folder, self.processes)
+
+    # The whole
+
+    def up(
+        self,
+        *,
+        shims: int = 1,
+        engine: Engine = "oci",
+        operator: bool = True,
+        shim_env: Mapping[str, str] | None = None,
+        operator_env: Mapping[str, str] | None = None,
+        tied: bool = False,
+        say: Say | None = None,
+    ) -> None:
+        """Starts all and returns when every node is Ready. Again on one that is up: starts what is missing.
+
+        shim_env, operator_env: settings beyond ours, as SANDKEEPER_SHIM_* and SANDKEEPER_OPERATOR_*.
+        tied: API server and etcd end with this process. Raises ProcessDied, NotReady, BinariesError, KubectlError.
+        """
+        say = say or (lambda _line: None)
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not self._plan_file.exists():
+            ports = free_ports(shims + 1)
+            plan = Plan(
+                engine=engine,
+                operator=operator,
+                shim_ports=tuple(ports[1:]),
+                operator_port=ports[0],
+                shim_env=dict(shim_env or {}),
+                operator_env=dict(operator_env or {}),
+                tied=tied,
+            )
+            self._plan_file.write_text(json.dumps(asdict(plan)))
+        say("etcd and kube-apiserver are starting")
+        self.api.start(tied=self.plan.tied, say=say)
+        self._make_certificates()
+        for index in range(len(self.nodes)):  # while the API server comes up
+            if not self.processes.alive(self.nodes[index]):
+                self._spawn_shim(index)
+        self.api.wait()
+        self.api.apply_crds()
+        say("The API server is ready and has our CRDs")
+        self.kubectl("apply", "-f", "-", input=self._node_manifests())
+        for index, name in enumerate(self.nodes):
+            self._wait_shim(index)
+            say(f"Shim {name} serves")
+        if self.plan.operator:
+            self.start_operator()
+            self.kubectl("wait", "sandboxnodes", "--all", "--for=condition=Ready", "--timeout=60s")
+            say("The operator is ready, and so is every node")
+
+    def down(self, *, delete: bool = True) -> None:
+        """Ends every sandbox and process of this cluster, whatever state it is in; deletes the folder.
+
+        delete=False keeps the folder with its logs. Raises ShimError where a node's sandboxes did not end.
+        """
+        if not self._plan_file.exists():
+            return
+        self.processes.stop(OPERATOR)
+        try:
+            for index, name in enumerate(self.nodes):
+                self._empty_node(index)
+                self.processes.stop(name)
+        finally:
+            for name in self.nodes:
+                self.processes.stop(name)
+            self.api.stop()
+        if delete:
+            shutil.rmtree(self.folder)
+
+    def status(self) -> dict[str, int | None]:
+        """Process -> its pid, None for one that does not run."""
+        if not self._plan_file.exists():
+            return {}
+        operator = [OPERATOR] if self.plan.operator else []
+        names = ["etcd", "kube-apiserver", *self.nodes, *operator]
+        return {name: self.processes.pid(name) for name in names}
+
+    @property
+    def plan(self) -> Plan:
+        document = json.loads(self._plan_file.read_text())
+        return Plan(**{**document, "shim_ports": tuple(document["shim_ports"])})
+
+    @property
+    def kubeconfig(self) -> Path:
+        return self.api.kubeconfig
+
+    @property
+    def kubectl(self) -> Kubectl:
+        return self.api.kubectl
+
+    @property
+    def nodes(self) -> list[str]:
+        """The nodes' names: node-1, node-2, ..."""
+        return [f"node-{number}" for number in range(1, len(self.plan.shim_ports) + 1)]
+
+    @property
+    def tls(self) -> TLSFiles:
+        """What a client of the shims shows: the operator's certificate."""
+        folder = self.folder / "pki" / "sandkeeper"
+        return TLSFiles(folder / "ca.crt", folder / "tls.crt", folder / "tls.key")
+
+    def apply_crds(self) -> None:
+        self.api.apply_crds()
+
+    def logs(self, name: str) -> str:
+        """The log of a process: etcd, kube-apiserver, operator or a node's name."""
+        path = self.processes.log(name)
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    # Shims
+
+    def shim(self, index: int) -> ShimCalls:
+        """Calls to one shim, without the operator."""
+        return ShimCalls(f"127.0.0.1:{self.plan.shim_ports[index]}", self.nodes[index], self.tls)
+
+    def start_shim(self, index: int) -> None:
+        """Starts it and waits until it serves."""
+        self._spawn_shim(index)
+        self._wait_shim(index)
+
+    def kill_shim(self, index: int) -> None:
+        """SIGKILL; its sandboxes run on."""
+        self.processes.kill(self.nodes[index])
+
+    def restart_shim(self, index: int, number: int = signal.SIGTERM) -> None:
+        """Ends it with a signal, waits for its end, and starts it anew."""
+        name = self.nodes[index]
+        if number == signal.SIGTERM:
+            self.processes.stop(name)
+        else:
+            self.processes.kill(name)
+        self.start_shim(index)
+
+    def _spawn_shim(self, index: int) -> None:
+        name, plan = self.nodes[index], self.plan
+        # Short: its sockets lie below. A folder of its own per node, as if each were a machine.
+        node = self.folder / f"n{index + 1}"
+        ca = self._ca()
+        files = ca.server(name, (name, "127.0.0.1", "localhost"))
+        env = {
+            "NODE_NAME": name,
+            "STATE_DIR": str(node / "state"),
+            "RUN_DIR": str(node / "run"),
+            "LISTEN": f"127.0.0.1:{plan.shim_ports[index]}",
+            "TLS_CA": str(files.ca),
+            "TLS_CERT": str(files.cert),
+            "TLS_KEY": str(files.key),
+            "ENGINE": plan.engine,
+        }
+        if plan.engine == "oci":
+            env["OCI__IMAGE_LAYOUTS"] = json.dumps([str(self._image_layout())])
+        for folder in (node / "state", node / "run"):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._spawn(name, "shim", "SANDKEEPER_SHIM_", {**env, **plan.shim_env})
+
+    def _wait_shim(self, index: int) -> None:
+        name, deadline = self.nodes[index], time.monotonic() + READY_TIMEOUT
+        while True:
+            self.processes.check(name)
+            try:
+                with self.shim(index) as shim:
+                    shim.info()
+                return
+            except ShimError as error:
+                if time.monotonic() > deadline:
+                    raise NotReady(f"{name}: {error}\n{self.processes.tail(name)}") from error
+            time.sleep(_POLL)
+
+    def _empty_node(self, index: int) -> None:
+        """Shuts down every sandbox of a node. A shim that was killed is started for it: monitors outlive it."""
+        name = self.nodes[index]
+        if self.plan.engine == "simulated" and not self.processes.alive(name):
+            return
+        if not (self.folder / f"n{index + 1}" / "state").exists():
+            return
+        if not self.processes.alive(name):
+            self.start_shim(index)
+        with self.shim(index) as shim:
+            shim.shutdown_all()
+
+    # The operator
+
+    def start_operator(self) -> None:
+        """Starts it unless it runs, and waits until it says that it is ready."""
+        plan = self.plan
+        if not self.processes.alive(OPERATOR):
+            env = {
+                "KUBECONFIG": str(self.kubeconfig),
+                "TLS_CA": str(self.tls.ca),
+                "TLS_CERT": str(self.tls.cert),
+                "TLS_KEY": str(self.tls.key),
+                "HTTP_PORT": str(plan.operator_port),
+                **plan.operator_env,
+            }
+            self._spawn(OPERATOR, "operator", "SANDKEEPER_OPERATOR_", env)
+        deadline = time.monotonic() + READY_TIMEOUT
+        while not self._operator_ready():
+            self.processes.check(OPERATOR)
+            if time.monotonic() > deadline:
+                raise NotReady(f"operator: {self.processes.tail(OPERATOR)}")
+            time.sleep(_POLL)
+
+    def kill_operator(self) -> None:
+        self.processes.kill(OPERATOR)
+
+    def operator_get(self, path: str) -> str:
+        """GET of /metrics, /healthz or /readyz. Raises urllib.error.HTTPError, OSError."""
+        url = f"http://127.0.0.1:{self.plan.operator_port}{path}"
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return str(answer.read().decode())
+
+    def _operator_ready(self) -> bool:
+        try:
+            self.operator_get("/readyz")
+        except urllib.error.HTTPError as error:
+            error.close()
+            return False
+        except OSError:
+            return False
+        return True
+
+    # Parts of the above
+
+    @property
+    def _plan_file(self) -> Path:
+        return self.folder / "cluster.json"
+
+    def _spawn(self, name: str, command: str, prefix: str, settings: Mapping[str, str]) -> None:
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("SANDKEEPER_")}
+        named = {k if k.startswith("SANDKEEPER_") else prefix + k: v for k, v in settings.items()}
+        argv = [sys.executable, "-m", "sandkeeper.cli.main", command]
+        self.processes.spawn(name, argv, env={**inherited, **named})
+
+    def _ca(self) -> pki.CA:
+        return pki.CA.create(self.folder / "pki" / "sandkeeper", "sandkeeper local nodes")
+
+    def _make_certificates(self) -> None:
+        ca = self._ca()
+        ca.client(OPERATOR_IDENTITY, hosts=(OPERATOR_IDENTITY,), file="tls")
+        for name in self.nodes:
+            ca.server(name, (name, "127.0.0.1", "localhost"))
+
+    def _image_layout(self) -> Path:
+        layout = self.folder / "images"
+        if not (layout / "index.json").exists():
+            write_layout(layout, {OFFLINE_IMAGE: busybox_image()})
+        return layout
+
+    def _node_manifests(self) -> str:
+        items = [
+            {
+                "apiVersion": "sandkeeper.dev/v1alpha1",
+                "kind": "SandboxNode",
+                "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}},
+                "spec": {"address": f"127.0.0.1:{port}", "serverName": name},
+            }
+            for name, port in zip(self.nodes, self.plan.shim_ports, strict=True)
+        ]
+        return json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
