@@ -62,7 +62,7 @@ def open_channel(address: str, *, tls: ClientTLS | None = None, server_name: str
     server_name: the name that the server's certificate must carry; default: the host.
     Raises ValueError for TCP without TLS, OSError for TLS files that cannot be read.
     """
-    if address.startswith(("unix:", "unix-abstract:")):
+    if address.startswith("unix:"):
         return grpc.aio.insecure_channel(address, options=OPTIONS)
     if tls is None:
         raise ValueError(f"address {address!r}: a shim on TCP is called with TLS only (or use unix:/path)")
@@ -141,7 +141,8 @@ class ShimClient:
         request = controller_pb2.ControllerStopRequest(
             sandbox_id=owner.sandbox_id, timeout_secs=grace_seconds, sandboxer=self._sandboxer
         )
-        await self._change(self._controller.Stop, request, owner, timeout or grace_seconds + STOP_MARGIN)
+        deadline = grace_seconds + STOP_MARGIN if timeout is None else timeout
+        await self._change(self._controller.Stop, request, owner, deadline)
 
     async def shutdown(self, owner: OwnerKey, /, *, timeout: float = CHANGE_DEADLINE) -> None:
         """Shutdown: nothing of the sandbox is left, its exit neither. NotFound proves that it is gone already."""
@@ -279,9 +280,14 @@ class ShimClient:
         await requests.put(node_pb2.ExecRequest(start=start))
 
         async def feed_stdin() -> None:
-            if stdin is not None:
-                async for data in stdin:
-                    await requests.put(node_pb2.ExecRequest(stdin=data))
+            try:
+                if stdin is not None:
+                    async for data in stdin:
+                        await requests.put(node_pb2.ExecRequest(stdin=data))
+            except Exception:
+                # The process must not wait for more; the caller gets the error after its output.
+                await requests.put(node_pb2.ExecRequest(stdin_closed=True))
+                raise
             await requests.put(node_pb2.ExecRequest(stdin_closed=True))
 
         async def feed_sizes() -> None:
@@ -305,6 +311,9 @@ class ShimClient:
                             yield "stderr", response.stderr
                         case "exit_status":
                             yield response.exit_status
+            for feeder in feeders:
+                if feeder.done():
+                    feeder.result()
         finally:
             for feeder in feeders:
                 feeder.cancel()

@@ -6,17 +6,15 @@ Both sides show a certificate of one private CA. The client checks the node's na
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 OPERATOR_IDENTITY = "sandkeeper-operator"
 """The operator's name: a DNS name in its certificate's subjectAltName, or the common name."""
-
-MINIMUM_TLS = "TLS 1.2"
-"""gRPC's C core refuses anything older."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +76,34 @@ class ServerTLS:
         return tuple(Path(f).stat().st_mtime_ns for f in (self.files.ca, self.files.cert, self.files.key))
 
 
-def identities(auth_context: Mapping[str, list[bytes]]) -> frozenset[str]:
-    """The names that a peer's verified certificate carries: subjectAltName, or else the common name."""
-    names = auth_context.get("x509_subject_alternative_name") or auth_context.get("x509_common_name") or []
+def identities(auth_context: Mapping[str, Iterable[bytes]]) -> frozenset[str]:
+    """The names that a peer's verified certificate carries: the DNS names of its subjectAltName, or, where it
+    has no subjectAltName at all, the common name (RFC 6125, section 6.4.4)."""
+    if auth_context.get("x509_subject_alternative_name"):
+        names = auth_context.get("peer_dns", ())
+    else:
+        names = auth_context.get("x509_common_name", ())
     return frozenset(name.decode("utf-8", "replace") for name in names)
 
 
-def allowed(auth_context: Mapping[str, list[bytes]], permitted: frozenset[str]) -> bool:
-    """Whether a peer may call: over a unix socket (mode 0600) always, over TLS with a permitted identity."""
-    transport = auth_context.get("transport_security_type", [b""])[0]
-    if transport != b"ssl":
-        return True
-    return bool(identities(auth_context) & permitted)
+def allowed(peer: str, auth_context: Mapping[str, Iterable[bytes]], permitted: frozenset[str]) -> bool:
+    """Whether a peer may call: over a unix socket (its mode, 0600, is the guard) always, over TLS with a
+    permitted identity; otherwise, plain TCP among it, never.
+
+    peer, auth_context: what gRPC's ServicerContext says.
+    """
+    if b"ssl" in auth_context.get("transport_security_type", ()):
+        return bool(identities(auth_context) & permitted)
+    return peer.startswith("unix:")
+
+
+async def require_identity(
+    context: grpc.aio.ServicerContext[Any, Any], permitted: frozenset[str] = frozenset({OPERATOR_IDENTITY})
+) -> None:
+    """Ends a call with PERMISSION_DENIED unless its peer is `allowed`."""
+    auth_context = context.auth_context()
+    if not allowed(context.peer(), auth_context, permitted):
+        names = ", ".join(sorted(identities(auth_context))) or "none"
+        await context.abort(
+            grpc.StatusCode.PERMISSION_DENIED, f"the certificate's names are {names}; none of them may call"
+        )
