@@ -53,10 +53,13 @@ def registry(
 def kopf_settings(settings: OperatorSettings) -> kopf.OperatorSettings:
     """kopf's settings, each for a reason in docs/decisions/0004."""
     chosen = kopf.OperatorSettings()
+    chosen.process.ultimate_exiting_timeout = None
     chosen.peering.standalone = True
     chosen.posting.enabled = False
     chosen.scanning.disabled = True
     chosen.networking.request_timeout = 15
+    # Half an hour: an API server that is being restarted is met soon, and answers 5xx for a while.
+    chosen.networking.error_backoffs = (0.5, 1.0, 2.0, *(3.0,) * 600)
     chosen.watching.chunk_size = 500
     chosen.watching.server_timeout = 300
     chosen.watching.client_timeout = 330

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 # A write that the watch has not shown after this long means that the watch is behind, or dead.
 ECHO_LATE = 60.0
+# A watch that lists so long after our last comparison has had a gap.
+_RELISTED = 10.0
 
 
 class _Kube(Protocol):
@@ -69,6 +71,9 @@ class Informer:
     def sandbox_event(self, kind: str | None, body: Raw) -> None:
         """A watch event; `kind` is None for what the watch listed when it began."""
         self._metrics.watch_event("sandboxes", kind or "LISTED")
+        if kind is None and self.compared_at is not None and time.monotonic() - self.compared_at > _RELISTED:
+            # The watch began anew: it tells nothing of what was deleted in between.
+            self.compare_soon()
         key = key_of(body)
         echo = self._echoes.get(key)
         if echo is not None and (

@@ -36,7 +36,8 @@ from sandkeeper.wire.tls import ClientTLS, TLSFiles
 log = logging.getLogger(__name__)
 
 _FIRST_LOOK = 5.0  # for all nodes to be tried once before the first pass
-_CANARY = 15.0  # between two proofs that the API server answers
+_CANARY = 10.0  # between two proofs that the API server answers
+_WATCH_AGAIN = 3.0  # after kopf gave up
 _STUCK = 120.0  # a key that waited this long for a pass: the queue does not move
 
 
@@ -89,8 +90,6 @@ class Operator:
         self._health = HealthServer(metrics.exposition, self._healthz(), self._readyz())
         self._watching = asyncio.Event()  # kopf's ready flag
         self._stop = asyncio.Event()
-        self._kopf_stop = asyncio.Event()
-        self._kopf: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     def stop(self) -> None:
@@ -107,7 +106,6 @@ class Operator:
             self._spawn("events", self.recorder.run())
             if not await self._until(self._fill()):
                 return
-            # Tasks that exist before kopf starts are spared when it ends; those made later it cancels.
             self._spawn("queue", self.queue.run())
             self._spawn("nodes' statuses", self.node_queue.run())
             self._spawn("resync", self.informer.resync(settings.resync_interval))
@@ -115,11 +113,9 @@ class Operator:
             self._spawn("garbage", self._every(settings.garbage_interval, self.garbage.sweep))
             self._spawn("node counts", self._every(30.0, self._count_nodes))
             self._spawn("canary", self._every(_CANARY, self._sing))
-            self._kopf = asyncio.create_task(self._run_kopf(), name="kopf")
-            self._tasks.append(self._kopf)
+            self._spawn("watch", self._watch())
             if not await self._until(self._watching.wait()):
                 return
-            self._take_signals()
             log.info("Watching", extra={"sandboxes": len(self.store), "nodes": len(self.nodes.links())})
             await self._until()
         finally:
@@ -166,17 +162,38 @@ class Operator:
             proxy_url=found.proxy,
         )
 
+    async def _watch(self) -> None:
+        """Keep kopf watching. It gives up on what may pass (a 403 while an API server starts); we do not."""
+        while True:
+            try:
+                await self._run_kopf()
+                raise RuntimeError("kopf ended without a word")
+            except Exception:
+                log.exception("The watch broke; it begins anew")
+            self._watching.clear()
+            await asyncio.sleep(_WATCH_AGAIN)
+            self.informer.compare_soon()
+
     async def _run_kopf(self) -> None:
         namespaces = self.settings.namespaces
-        await kopf.operator(
+        # Not kopf.operator: at its end it cancels every task in the loop that is younger than itself, ours too.
+        tasks = await kopf.spawn_tasks(
             registry=app.registry(self.informer, self._log_in),
             settings=app.kopf_settings(self.settings),
             clusterwide=not namespaces,
             namespaces=namespaces,
             standalone=True,
             ready_flag=self._watching,
-            stop_flag=self._kopf_stop,
         )
+        self._take_signals()
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _fill(self) -> None:
         """The first picture: objects, then nodes. Waits for an API server that is not there, and says so."""
@@ -217,7 +234,7 @@ class Operator:
         self._tasks.append(asyncio.create_task(work, name=name))
 
     async def _until(self, work: Coroutine[Any, Any, Any] | None = None) -> bool:
-        """Do `work` (None: nothing, for ever); False where `stop` or kopf's own end came first.
+        """Do `work` (None: nothing, for ever); False where `stop` came first.
 
         Raises what a part has ended with: none of them ever should.
         """
@@ -228,9 +245,7 @@ class Operator:
             done, _ = await asyncio.wait({*own, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
             for ended in done - own:
                 ended.result()
-                # kopf ends by itself on a signal that it took before we did.
-                if ended is not self._kopf:
-                    raise RuntimeError(f"{ended.get_name()} ended")
+                raise RuntimeError(f"{ended.get_name()} ended")
             if task is not None and task.done():
                 task.result()
                 return True
@@ -241,7 +256,7 @@ class Operator:
             await asyncio.gather(*own, return_exceptions=True)
 
     def _take_signals(self) -> None:
-        # kopf has taken them for itself; it would cancel running passes two seconds later.
+        # kopf takes them for itself, and would cancel running passes two seconds later.
         loop = asyncio.get_running_loop()
         with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -256,14 +271,9 @@ class Operator:
         await self.reconciler.close()
         await self.node_queue.stop(1.0)
         await self.recorder.drain(1.0)
-        # kopf comes last: it waits for whatever else was started in its loop, and then cancels that.
-        parts = [task for task in self._tasks if task is not self._kopf]
-        for task in parts:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*parts, self.nodes.close(), self._health.close(), return_exceptions=True)
-        self._kopf_stop.set()
-        if self._kopf is not None:
-            await asyncio.gather(self._kopf, return_exceptions=True)
+        await asyncio.gather(*self._tasks, self.nodes.close(), self._health.close(), return_exceptions=True)
         await self.kube.close()
 
     # Health

@@ -283,15 +283,15 @@ class NodeLink:
     # Health
 
     def _lost(self, error: Exception) -> None:
-        self._following = False
+        following, self._following = self._following, False
         reason = IDENTITY_MISMATCH if isinstance(error, WrongNode) else UNREACHABLE
         message = str(error) or type(error).__name__
         if reason == IDENTITY_MISMATCH:
             # Nothing that this server says is about our node.
             self._listed_at = None
         log.log(
-            logging.WARNING if self.reachable else logging.DEBUG,
-            "The line to a node broke",
+            logging.WARNING if following else logging.DEBUG,
+            "The line to a node broke" if following else "A node is not reached",
             extra={"node": self.name, "error": message},
         )
         self._judge(reason, message[:1024], news=False)

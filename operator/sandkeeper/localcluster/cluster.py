@@ -95,13 +95,15 @@ class LocalCluster:
         self.api.wait()
         self.api.apply_crds()
         say("The API server is ready and has our CRDs")
-        self.kubectl("apply", "-f", "-", input=self._node_manifests())
+        if self.nodes:
+            self.kubectl("apply", "-f", "-", input=self._node_manifests())
         for index, name in enumerate(self.nodes):
             self._wait_shim(index)
             say(f"Shim {name} serves")
         if self.plan.operator:
             self.start_operator()
-            self.kubectl("wait", "sandboxnodes", "--all", "--for=condition=Ready", "--timeout=60s")
+            if self.nodes:
+                self.kubectl("wait", "sandboxnodes", "--all", "--for=condition=Ready", "--timeout=60s")
             say("The operator is ready, and so is every node")
 
     def down(self, *, delete: bool = True) -> None:

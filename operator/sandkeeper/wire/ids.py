@@ -65,3 +65,11 @@ class OwnerKey:
             raise ValueError(
                 f"metadata `{OWNER_UID}` and `{OWNER_INSTANCE}` must both be set, the second to a number"
             ) from error
+
+
+_NODE_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+
+
+def valid_node_name(text: str) -> bool:
+    """Whether `text` may name a SandboxNode: a DNS subdomain (RFC 1123)."""
+    return len(text) <= 253 and _NODE_NAME.fullmatch(text) is not None

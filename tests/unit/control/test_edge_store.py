@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sandkeeper.api import ASSIGNMENT_ANNOTATION
+from sandkeeper.control import informer
 from sandkeeper.control.informer import Informer
 from sandkeeper.control.kube import Unavailable
 from sandkeeper.control.metrics import Metrics
@@ -290,6 +291,16 @@ async def test_what_is_created_during_the_comparison_is_not_taken_for_deleted() 
     desk.kube.during = lambda: desk.informer.sandbox_event("ADDED", sandbox("late", 1))
     await desk.informer.compare_once()
     assert desk.store.get(key_of(sandbox("late"))) is not None
+
+
+async def test_a_watch_that_begins_anew_is_followed_by_a_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk()
+    await desk.informer.fill()
+    desk.informer.sandbox_event(None, sandbox("a", 1))
+    assert not desk.informer._compare_now.is_set(), "the first list comes right after ours"
+    monkeypatch.setattr(informer, "_RELISTED", 0.0)
+    desk.informer.sandbox_event(None, sandbox("a", 1))
+    assert desk.informer._compare_now.is_set()
 
 
 async def test_the_comparison_goes_on_after_an_outage() -> None:

@@ -1,0 +1,263 @@
+"""The cgroups of sandboxes, on v1 (also hybrid) and v2.
+
+/<parent>/monitors          conmon and the sandbox processes: out of the shim's own cgroup,
+                            so that nothing that ends the shim's cgroup ends them
+/<parent>/<sandbox>         one per sandbox: what is measured and frozen
+/<parent>/<sandbox>/<name>  one per container, made and limited by the runtime
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandkeeper.shim.engines.base import EngineError, UsageSample
+
+MONITORS = "monitors"
+_V2_CONTROLLERS = ("cpu", "memory", "pids", "io", "cpuset")
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    point: Path
+    controllers: frozenset[str]
+
+
+def find_mounts(mountinfo: str) -> tuple[tuple[Mount, ...], Path | None]:
+    """From /proc/self/mountinfo (proc(5)): the v1 hierarchies, and where v2 is mounted, if anywhere."""
+    v1: dict[frozenset[str], Mount] = {}
+    v2: Path | None = None
+    for line in mountinfo.splitlines():
+        left, _, right = line.partition(" - ")
+        point = Path(left.split()[4])
+        kind, _, options = right.split(maxsplit=2)
+        if kind == "cgroup":
+            words = options.split(",")
+            names = frozenset(word for word in words if word not in _MOUNT_OPTIONS)
+            v1.setdefault(names, Mount(point, names))
+        elif kind == "cgroup2":
+            v2 = v2 or point
+    return tuple(v1.values()), v2
+
+
+_MOUNT_OPTIONS = frozenset(("rw", "ro", "xattr", "clone_children", "noprefix", "favordynmods"))
+
+
+class Cgroups:
+    """parent: name of the cgroup above all sandboxes."""
+
+    def __init__(self, parent: str, *, mountinfo: str | None = None) -> None:
+        text = Path("/proc/self/mountinfo").read_text() if mountinfo is None else mountinfo
+        self.hierarchies, unified = find_mounts(text)
+        self.parent = parent
+        self.v2 = not self.hierarchies
+        if self.v2:
+            if unified is None:
+                raise EngineError("NodeUnsupported", "no cgroup file system is mounted")
+            self.hierarchies = (Mount(unified, frozenset(("unified",))),)
+        # Mount points that a runtime must not see: v2 beside v1.
+        self.hidden = () if self.v2 or unified is None else (str(unified),)
+
+    def path(self, sandbox_id: str, container: str = "") -> str:
+        """As the OCI spec's `linux.cgroupsPath` has it."""
+        return "/".join(filter(None, ("", self.parent, sandbox_id, container)))
+
+    @property
+    def has_swap_accounting(self) -> bool:
+        memory = self._of("memory")
+        name = "memory.swap.max" if self.v2 else "memory.memsw.limit_in_bytes"
+        # v2's root has no limit files: any child of it will do.
+        return any((folder / name).exists() for folder in (memory, memory / self.parent))
+
+    def _of(self, controller: str) -> Path:
+        for each in self.hierarchies:
+            if controller in each.controllers:
+                return each.point
+        return self.hierarchies[0].point
+
+    def _each(self, relative: str) -> list[Path]:
+        return [each.point / relative.lstrip("/") for each in self.hierarchies]
+
+    def make_parent(self) -> None:
+        """The cgroups that all sandboxes share. Raises EngineError where they cannot be made."""
+        try:
+            self._make(f"/{self.parent}")
+            self._make(f"/{self.parent}/{MONITORS}")
+        except OSError as error:
+            raise EngineError("NodeUnsupported", f"cgroup cannot be made: {error}") from None
+
+    def make(self, sandbox_id: str) -> None:
+        self._make(self.path(sandbox_id))
+
+    def _make(self, relative: str) -> None:
+        for folder in self._each(relative):
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(mode=0o755)
+            if self.v2:
+                self._delegate(folder.parent)
+        cpuset = self._of("cpuset") / relative.lstrip("/")
+        for name in ("cpuset.cpus", "cpuset.mems"):
+            # v1: a new cpuset is empty, and an empty one takes no process.
+            if not self.v2 and (cpuset / name).exists() and not (cpuset / name).read_text().strip():
+                (cpuset / name).write_text((cpuset.parent / name).read_text())
+
+    @staticmethod
+    def _delegate(folder: Path) -> None:
+        for controller in _V2_CONTROLLERS:
+            with contextlib.suppress(OSError):
+                (folder / "cgroup.subtree_control").write_text(f"+{controller}")
+
+    def enter_thread(self) -> None:
+        """v1: moves the calling thread, and so what it will run, to the monitors' cgroup. v2 knows no such
+        thing: see `adopt`."""
+        if not self.v2:
+            for folder in self._each(f"/{self.parent}/{MONITORS}"):
+                with contextlib.suppress(OSError):
+                    (folder / "tasks").write_text(str(threading.get_native_id()))
+
+    def adopt(self, pid: int) -> None:
+        """Moves a process to the monitors' cgroup.
+
+        The first move after a while waits some milliseconds in the kernel (an RCU grace period for
+        cgroup_threadgroup_rwsem), those soon after do not: done while the caller goes on, it spares
+        the next runtime that wait.
+        """
+        for folder in self._each(f"/{self.parent}/{MONITORS}"):
+            with contextlib.suppress(OSError):
+                (folder / "cgroup.procs").write_text(str(pid))
+
+    def pids(self, sandbox_id: str) -> frozenset[int]:
+        """Every process in a sandbox's containers."""
+        found: set[int] = set()
+        for folder in self._each(self.path(sandbox_id)):
+            for procs in folder.rglob("cgroup.procs"):
+                with contextlib.suppress(OSError):
+                    found.update(int(line) for line in procs.read_text().split())
+        return frozenset(found - {0})
+
+    def freeze(self, sandbox_id: str, frozen: bool, seconds: float = 10.0) -> None:
+        """Freezes or thaws all containers of a sandbox. Raises EngineError `PauseFailed` after `seconds`."""
+        relative = self.path(sandbox_id).lstrip("/")
+        folder = (self.hierarchies[0].point if self.v2 else self._of("freezer")) / relative
+        deadline = time.monotonic() + seconds
+        try:
+            while True:
+                if self.v2:
+                    (folder / "cgroup.freeze").write_text("1" if frozen else "0")
+                    done = f"frozen {int(frozen)}" in (folder / "cgroup.events").read_text()
+                else:
+                    # Written again until it holds: v1 may miss a task that was just made.
+                    (folder / "freezer.state").write_text("FROZEN" if frozen else "THAWED")
+                    state = (folder / "freezer.state").read_text().strip()
+                    done = state == ("FROZEN" if frozen else "THAWED")
+                if done:
+                    return
+                if time.monotonic() > deadline:
+                    raise EngineError("PauseFailed", "the cgroup does not freeze", retryable=True)
+                time.sleep(0.002)
+        except OSError as error:
+            raise EngineError("PauseFailed", f"cgroup freezer: {error}", retryable=True) from None
+
+    def is_frozen(self, sandbox_id: str) -> bool:
+        relative = self.path(sandbox_id).lstrip("/")
+        name = self.hierarchies[0].point / relative / "cgroup.freeze"
+        if not self.v2:
+            name = self._of("freezer") / relative / "freezer.state"
+        try:
+            return name.read_text().strip() not in ("0", "THAWED")
+        except OSError:
+            return False
+
+    def usage(self, sandbox_id: str) -> UsageSample | None:
+        """What the sandbox's containers use now, and their CPU time so far; None where they are gone."""
+        relative = self.path(sandbox_id).lstrip("/")
+        try:
+            if self.v2:
+                folder = self.hierarchies[0].point / relative
+                stat = dict(line.split() for line in (folder / "cpu.stat").read_text().splitlines())
+                cpu, memory = int(stat["usage_usec"]), int((folder / "memory.current").read_text())
+            else:
+                cpu = int((self._of("cpuacct") / relative / "cpuacct.usage").read_text()) // 1000
+                memory = int((self._of("memory") / relative / "memory.usage_in_bytes").read_text())
+            pids = int((self._of("pids") / relative / "pids.current").read_text())
+        except (OSError, KeyError, ValueError):
+            return None
+        return UsageSample(cpu_usage_usec=cpu, memory_bytes=memory, pids=pids)
+
+    def oom_kills(self, sandbox_id: str, container: str) -> int:
+        """Processes of a container that the kernel killed for memory."""
+        relative = self.path(sandbox_id, container).lstrip("/")
+        name = "memory.events" if self.v2 else "memory.oom_control"
+        try:
+            text = (self._of("memory") / relative / name).read_text()
+            return int(dict(line.split()[:2] for line in text.splitlines()).get("oom_kill", "0"))
+        except (OSError, ValueError):
+            return 0
+
+    def exists(self, sandbox_id: str) -> bool:
+        return any(folder.exists() for folder in self._each(self.path(sandbox_id)))
+
+    def list(self) -> frozenset[str]:
+        """Sandboxes that have a cgroup."""
+        found: set[str] = set()
+        for folder in self._each(f"/{self.parent}"):
+            with contextlib.suppress(OSError):
+                found.update(each.name for each in folder.iterdir() if each.is_dir())
+        return frozenset(found - {MONITORS})
+
+    def kill(self, sandbox_id: str, seconds: float = 10.0) -> None:
+        """Kills whatever is in the sandbox's containers, frozen or not; returns once nothing is.
+
+        Raises EngineError `RemoveFailed` after `seconds`.
+        """
+        deadline = time.monotonic() + seconds
+        while pids := self.pids(sandbox_id):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if self.is_frozen(sandbox_id):
+                self.freeze(sandbox_id, False)
+            if time.monotonic() > deadline:
+                raise EngineError("RemoveFailed", f"processes do not end: {sorted(pids)}", retryable=True)
+            time.sleep(0.001)
+
+    def remove(self, sandbox_id: str, seconds: float = 10.0) -> None:
+        """Removes the sandbox's cgroups, which must be empty. Raises EngineError `RemoveFailed`."""
+        for folder in self._each(self.path(sandbox_id)):
+            _remove_tree(folder, time.monotonic() + seconds)
+
+    def remove_container(self, sandbox_id: str, container: str) -> None:
+        for folder in self._each(self.path(sandbox_id, container)):
+            _remove_tree(folder, time.monotonic() + 10.0)
+
+    def close(self) -> None:
+        """Removes the shared cgroups where nothing is in them."""
+        for name in (f"/{self.parent}/{MONITORS}", f"/{self.parent}"):
+            for folder in self._each(name):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def _remove_tree(folder: Path, deadline: float) -> None:
+    """Removes a cgroup and those below it: rmdir only, depth first. Busy for a moment after the last process."""
+    try:
+        children = [each for each in folder.iterdir() if each.is_dir()]
+    except OSError:
+        return
+    for child in children:
+        _remove_tree(child, deadline)
+    while True:
+        try:
+            folder.rmdir()
+            return
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise EngineError("RemoveFailed", f"cgroup {folder}: {error}", retryable=True) from None
+            time.sleep(0.001)

@@ -1,0 +1,344 @@
+"""One sandbox's processes, step by step; blocking, for the engine's threads, one caller per sandbox at a time.
+
+Each step leaves on disk what the next needs, so that a shim that was killed
+between two of them goes on, or clears away, from what it finds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sandkeeper.shim.engines.base import EngineError
+from sandkeeper.shim.engines.oci import filesystems, monitor, pause, rootfs, spec, tools
+from sandkeeper.shim.engines.oci.cgroups import Cgroups
+from sandkeeper.shim.engines.oci.folders import AttemptFolder, ContainerFolder, SandboxFolder
+from sandkeeper.shim.engines.oci.images.types import Image, ImageConfig
+from sandkeeper.shim.engines.oci.options import Options
+from sandkeeper.shim.engines.oci.processes import ProcessRef, read_json, reap, write_json
+from sandkeeper.shim.engines.oci.seccomp import Seccomp
+from sandkeeper.shim.engines.oci.threads import Threads
+from sandkeeper.wire import node_pb2
+
+log = logging.getLogger(__name__)
+
+_MONITOR_SECONDS = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """An attempt that was started: its first process, and the conmon that watches it."""
+
+    process: ProcessRef
+    monitor: ProcessRef | None
+
+
+def read_started(folder: AttemptFolder) -> Started | None:
+    """None where the attempt was not started, as far as is recorded."""
+    document = read_json(folder.started)
+    if not document:
+        return None
+    process = ProcessRef.from_json(document.get("process"))
+    return Started(process, ProcessRef.from_json(document.get("monitor"))) if process else None
+
+
+def read_image(folder: ContainerFolder) -> Image | None:
+    """What prepare found for a container; None where it has not been prepared."""
+    document = read_json(folder.image)
+    if not document:
+        return None
+    config = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in document["config"].items()
+    }
+    return Image(document["digest"], Path(document["rootfs"]), ImageConfig(**config))
+
+
+def sandbox_hostname(sandbox_id: str, config: node_pb2.SandboxConfig) -> str:
+    return (config.hostname or config.owner.name or sandbox_id)[:63].rstrip("-.") or "sandbox"
+
+
+def container_config(config: node_pb2.SandboxConfig, name: str) -> node_pb2.ContainerConfig:
+    for container in config.containers:
+        if container.name == name:
+            return container
+    raise EngineError("InvalidConfig", f"containers: there is no {name!r}")
+
+
+class Containers:
+    def __init__(self, options: Options, cgroups: Cgroups, seccomp: Seccomp, threads: Threads) -> None:
+        self._options = options
+        self._cgroups = cgroups
+        self._seccomp = seccomp
+        self._threads = threads
+
+    def folder(self, sandbox_id: str) -> SandboxFolder:
+        return SandboxFolder.under(self._options.root_dir, sandbox_id)
+
+    # -- prepare
+
+    def prepare(
+        self, sandbox_id: str, config: node_pb2.SandboxConfig, runtime: str, images: Mapping[str, Image]
+    ) -> None:
+        """Everything that needs no process. Raises EngineError `InvalidConfig`, `InvalidImage`."""
+        folder = self.folder(sandbox_id)
+        for container in config.containers:
+            rootfs.check(images[container.name].rootfs)
+            spec.check_mounts(config, container)
+            # Built once for its checks: what it lacks yet is the sandbox process's pid.
+            self._spec(folder, config, container, images[container.name], 0, ())
+        folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_json(folder.prepared, {"runtime": runtime})
+        self._cgroups.make(sandbox_id)
+        host_network = config.network == node_pb2.NETWORK_HOST
+        filesystems.make_etc(folder, sandbox_hostname(sandbox_id, config), host_network=host_network)
+        filesystems.make_volumes(folder, config, self._options)
+        for container in config.containers:
+            image, below = images[container.name], folder.container(container.name)
+            below.path.mkdir(parents=True, exist_ok=True)
+            write_json(below.image, _image_json(image))
+            if below.attempt(0).started.exists():
+                continue
+            filesystems.make_attempt(below.attempt(0), str(image.rootfs))
+
+    def _spec(
+        self,
+        folder: SandboxFolder,
+        config: node_pb2.SandboxConfig,
+        container: node_pb2.ContainerConfig,
+        image: Image,
+        sandbox_pid: int,
+        binds: tuple[spec.Bind, ...],
+        root: str = "rootfs",
+    ) -> dict[str, Any]:
+        user = rootfs.resolve_user(image.rootfs, image.config.user)
+        known_gid = None
+        if container.security_context.HasField("run_as_user"):
+            known_gid = rootfs.resolve_user(image.rootfs, str(container.security_context.run_as_user)).gid
+        joined = dict(pause.NAMESPACES)
+        if config.network == node_pb2.NETWORK_HOST:
+            if not self._options.allow_host_network:
+                raise EngineError("InvalidConfig", "network: this node does not allow Host")
+            del joined["network"]
+        around = spec.Surroundings(
+            rootfs=root,
+            user=spec.identity(container, user, known_gid),
+            hostname=sandbox_hostname(folder.sandbox_id, config),
+            cgroups_path=self._cgroups.path(folder.sandbox_id, container.name),
+            namespaces={kind: f"/proc/{sandbox_pid}/ns/{name}" for kind, name in joined.items()},
+            cgroup_v2=self._cgroups.v2,
+            swap_accounting=self._cgroups.has_swap_accounting,
+            binds=binds,
+        )
+        return spec.build(container, image.config, around, self._options, self._seccomp)
+
+    # -- the sandbox process
+
+    def start(self, sandbox_id: str, config: node_pb2.SandboxConfig) -> int:
+        """Starts the sandbox process, or finds it running. Raises EngineError `StartError`."""
+        folder = self.folder(sandbox_id)
+        recorded = self.process(folder)
+        if recorded is not None:
+            if recorded.alive():
+                return recorded.pid
+            raise EngineError("StartError", "the sandbox process has ended")
+        if not folder.prepared.exists():
+            raise EngineError("StartError", "the sandbox is not prepared", retryable=True)
+        starting = folder.path / "starting"
+        if starting.exists():
+            # A shim was killed between starting and recording: its process cannot be in use.
+            for lost in pause.find(sandbox_id):
+                lost.send(signal.SIGKILL)
+        starting.touch()
+        ref = self._threads.apart(
+            lambda: pause.start(
+                shutil.which(self._options.catatonit, path=tools.ENVIRONMENT["PATH"])
+                or self._options.catatonit,
+                sandbox_id,
+                sandbox_hostname(sandbox_id, config),
+                own_network=config.network != node_pb2.NETWORK_HOST,
+            )
+        )
+        write_json(folder.process, ref.to_json())
+        self._threads.submit(lambda: self._cgroups.adopt(ref.pid))
+        return ref.pid
+
+    def process(self, folder: SandboxFolder) -> ProcessRef | None:
+        """The sandbox process as recorded; None where none was started."""
+        document = read_json(folder.process)
+        if document is None:
+            return None
+        return ProcessRef.from_json(document) or ProcessRef(0, 0, "")
+
+    # -- containers
+
+    def start_container(
+        self, sandbox_id: str, config: node_pb2.SandboxConfig, name: str, attempt: int, runtime: str
+    ) -> int:
+        """Starts an attempt of a container, or finds it started. Raises EngineError `StartError`."""
+        sandbox = self.folder(sandbox_id)
+        process = self.process(sandbox)
+        if process is None or not process.alive():
+            raise EngineError("StartError", "the sandbox process does not run")
+        container, below = container_config(config, name), sandbox.container(name)
+        folder = below.attempt(attempt)
+        started = self._half_made(sandbox, folder, runtime)
+        if started is not None:
+            return started.process.pid
+        image = read_image(below)
+        if image is None:
+            raise EngineError("StartError", "the sandbox is not prepared", retryable=True)
+        for older in below.attempts():
+            if older.attempt < attempt:
+                self._clear(sandbox, older, runtime, keep_log=older.attempt == attempt - 1)
+        began = time.perf_counter()
+        filesystems.make_volumes(sandbox, config, self._options)
+        filesystems.make_attempt(folder, str(image.rootfs))
+        binds = filesystems.binds(sandbox, folder, container)
+        document = self._spec(sandbox, config, container, image, process.pid, binds)
+        folder.config.write_text(json.dumps(document))
+        built = time.perf_counter()
+        try:
+            pid = monitor.create(
+                self._options.conmon, runtime, sandbox.runtime_root, folder,
+                self._options.log_max_bytes // 2, self._cgroups, self._options.runtime_timeout,
+            )  # fmt: skip
+            created = time.perf_counter()
+            ref = ProcessRef.of(pid)
+            self._runtime(sandbox, runtime, "start", folder.runtime_id)
+        except EngineError:
+            self._clear(sandbox, folder, runtime, keep_log=True)
+            raise
+        self._record(folder, ref or ProcessRef(pid, 0, ""))
+        log.debug(
+            "container started",
+            extra={
+                "sandbox": sandbox_id,
+                "container": name,
+                "ms_bundle": round((built - began) * 1e3, 2),
+                "ms_create": round((created - built) * 1e3, 2),
+                "ms_start": round((time.perf_counter() - created) * 1e3, 2),
+            },
+        )
+        return pid
+
+    def _record(self, folder: AttemptFolder, process: ProcessRef) -> Started:
+        watching = monitor.find(folder)
+        started = Started(process, watching)
+        write_json(
+            folder.started,
+            {"process": process.to_json(), "monitor": watching.to_json() if watching else None},
+        )
+        return started
+
+    def _half_made(self, sandbox: SandboxFolder, folder: AttemptFolder, runtime: str) -> Started | None:
+        """What a killed shim left of an attempt: adopted where its process was started, else cleared away."""
+        started = read_started(folder)
+        if started is not None or not folder.config.exists():
+            return started
+        state = self._state(sandbox, folder, runtime)
+        pid = monitor.read_pid(folder.pid_file)
+        if folder.exit_file.exists() or state == "running":
+            return self._record(folder, ProcessRef.of(pid) or ProcessRef(pid, 0, ""))
+        self._clear(sandbox, folder, runtime, keep_log=False)
+        return None
+
+    def _state(self, sandbox: SandboxFolder, folder: AttemptFolder, runtime: str) -> str:
+        """The runtime's word for a container (OCI runtime-spec, State); empty where it knows none."""
+        if not (sandbox.runtime_root / folder.runtime_id).exists():
+            return ""
+        argv = [runtime, f"--root={sandbox.runtime_root}", "state", folder.runtime_id]
+        result = tools.run(argv, self._options.runtime_timeout)
+        try:
+            return str(json.loads(result.output)["status"]) if result.status == 0 else ""
+        except (ValueError, KeyError, TypeError):
+            return ""
+
+    def _runtime(self, sandbox: SandboxFolder, runtime: str, *arguments: str) -> None:
+        argv = [runtime, f"--root={sandbox.runtime_root}", *arguments]
+        try:
+            result = tools.run(argv, self._options.runtime_timeout)
+        except OSError as error:
+            raise EngineError("StartError", str(error)) from None
+        if result.status != 0:
+            raise EngineError("StartError", result.words or f"{arguments[0]} ended with {result.status}")
+
+    def _clear(self, sandbox: SandboxFolder, folder: AttemptFolder, runtime: str, *, keep_log: bool) -> None:
+        """Leaves nothing of an attempt but, where asked, its log."""
+        watching = monitor.find(folder)
+        if (sandbox.runtime_root / folder.runtime_id).exists():
+            tools.run(
+                [runtime, f"--root={sandbox.runtime_root}", "delete", "--force", folder.runtime_id],
+                self._options.runtime_timeout,
+            )
+        if watching is not None:
+            monitor.end(watching, _MONITOR_SECONDS)
+        self._cgroups.remove_container(folder.sandbox_id, folder.container)
+        filesystems.unmount_attempt(folder)
+        for each in folder.path.iterdir() if folder.path.exists() else ():
+            if keep_log and each.name == folder.log.name:
+                continue
+            _discard(each)
+        if not keep_log:
+            _discard(folder.path)
+
+    # -- the end
+
+    def remove(self, sandbox_id: str) -> None:
+        """Leaves nothing. Raises EngineError `RemoveFailed` where something does not go."""
+        folder = self.folder(sandbox_id)
+        if not folder.path.exists() and not self._cgroups.exists(sandbox_id):
+            return
+        attempts = [attempt for container in folder.containers() for attempt in container.attempts()]
+        watching = [ref for attempt in attempts if (ref := monitor.find(attempt)) is not None]
+        self._cgroups.kill(sandbox_id)
+        for ref in watching:
+            monitor.end(ref, _MONITOR_SECONDS)
+        # A runtime that was just making a process under a monitor may have made it after the first look.
+        self._cgroups.kill(sandbox_id)
+        self._end_process(folder)
+        filesystems.unmount_all(folder)
+        self._cgroups.remove(sandbox_id)
+        _discard(folder.path)
+        if folder.path.exists():
+            raise EngineError("RemoveFailed", f"{folder.path} cannot be removed", retryable=True)
+
+    def _end_process(self, folder: SandboxFolder) -> None:
+        recorded = self.process(folder)
+        found = [recorded] if recorded is not None and recorded.pid else []
+        if recorded is None and (folder.path / "starting").exists():
+            found = pause.find(folder.sandbox_id)
+        for ref in found:
+            if ref.send(signal.SIGKILL) and not ref.join(5.0):
+                raise EngineError("RemoveFailed", f"process {ref.pid} does not end", retryable=True)
+            reap(ref.pid)
+
+    def list(self) -> frozenset[str]:
+        try:
+            folders = {each.name for each in (self._options.root_dir / "sandboxes").iterdir()}
+        except FileNotFoundError:
+            folders = set()
+        return frozenset(folders) | self._cgroups.list()
+
+
+def _discard(path: Path) -> None:
+    """Removes a folder or file, whatever it is."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def _image_json(image: Image) -> dict[str, Any]:
+    config = {name: getattr(image.config, name) for name in ImageConfig.__slots__}
+    config["labels"] = dict(config["labels"])
+    return {"digest": image.digest, "rootfs": os.fspath(image.rootfs), "config": config}

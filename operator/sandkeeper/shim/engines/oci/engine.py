@@ -1,0 +1,376 @@
+"""The engine's face: what the shim's core asks for, handed to threads that do one step after the other."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from sandkeeper.shim.engines.base import (
+    SANDBOX_PROCESS,
+    Engine,
+    EngineError,
+    ExecSession,
+    ProcessExit,
+    ProcessState,
+    Progress,
+    RuntimeInfo,
+    UsageSample,
+)
+from sandkeeper.shim.engines.oci import containers, exits, logs, monitor, runtimes, seccomp, sessions, spec
+from sandkeeper.shim.engines.oci.cgroups import Cgroups
+from sandkeeper.shim.engines.oci.folders import AttemptFolder, SandboxFolder
+from sandkeeper.shim.engines.oci.images import Image, ImageStore
+from sandkeeper.shim.engines.oci.images.types import Progress as ImageProgress
+from sandkeeper.shim.engines.oci.options import Options
+from sandkeeper.shim.engines.oci.processes import ProcessRef, read_json, write_json
+from sandkeeper.shim.engines.oci.threads import Threads
+from sandkeeper.wire import node_pb2
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Images(Protocol):
+    """What the engine needs of an image store."""
+
+    async def open(self) -> None: ...
+    async def close(self) -> None: ...
+    async def ensure(
+        self, reference: str, policy: node_pb2.ImagePullPolicy.ValueType, progress: ImageProgress
+    ) -> Image: ...
+    async def collect(self, in_use: frozenset[str]) -> None: ...
+
+
+class OCIEngine(Engine):
+    """crun, runc or runsc through conmon, joined to a catatonit sandbox process."""
+
+    name: ClassVar[str] = "oci"
+
+    def __init__(self, settings: Any, *, images: Images | None = None) -> None:
+        """settings: ShimSettings, or Options together with an image store."""
+        self._options = settings if isinstance(settings, Options) else Options.from_settings(settings)
+        self._images = images if images is not None else ImageStore(settings.oci)
+        self._runtimes: Mapping[str, runtimes.Runtime] = {}
+        self._order: tuple[RuntimeInfo, ...] = ()
+        self._locks: dict[str, threading.Lock] = {}
+        self._watching: dict[str, asyncio.Task[ProcessExit]] = {}
+
+    # -- the node
+
+    async def open(self) -> None:
+        if os.geteuid() != 0:
+            raise EngineError("NodeUnsupported", "the oci engine must be run as root")
+        for program in (self._options.conmon, self._options.catatonit):
+            if shutil.which(program, path=_path()) is None:
+                raise EngineError("NodeUnsupported", f"{program} is not installed")
+        self._options.root_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        await self._images.open()
+        self._cgroups = Cgroups(self._options.cgroup_parent)
+        self._cgroups.make_parent()
+        profile = seccomp.Seccomp(seccomp.load(self._options.seccomp_profile))
+        try:
+            self._threads = Threads(
+                self._options.concurrency,
+                adopt=self._survivor(),
+                hide=self._cgroups.hidden,
+                prepare=self._cgroups.enter_thread,
+            )
+        except OSError as error:
+            raise EngineError("NodeUnsupported", f"mount namespace: {error}") from None
+        self._runtimes = await self._threads.run(
+            lambda: runtimes.probe_all(self._options, self._cgroups, profile)
+        )
+        self._order = runtimes.ordered(self._runtimes, self._options.default_runtime)
+        if not any(info.ready for info in self._order):
+            reasons = "; ".join(f"{info.name}: {info.message}" for info in self._order)
+            raise EngineError("NodeUnsupported", f"no runtime works: {reasons}")
+        self._containers = containers.Containers(self._options, self._cgroups, profile, self._threads)
+
+    def _survivor(self) -> int:
+        """A process that lives in an earlier shim's mount namespace; 0 where there is none."""
+        own = os.readlink("/proc/self/ns/mnt")  # noqa: PTH115 - not a path
+        root = self._options.root_dir / "sandboxes"
+        for name in sorted(each.name for each in root.iterdir()) if root.exists() else ():
+            with contextlib.suppress(EngineError, OSError):
+                folder = SandboxFolder.under(self._options.root_dir, name)
+                candidates = [ProcessRef.from_json(read_json(folder.process) or {})]
+                candidates += [
+                    monitor.find(attempt) for each in folder.containers() for attempt in each.attempts()
+                ]
+                for ref in candidates:
+                    if ref is not None and ref.alive():
+                        if os.readlink(f"/proc/{ref.pid}/ns/mnt") != own:  # noqa: PTH115
+                            return ref.pid
+        return 0
+
+    async def close(self) -> None:
+        for task in self._watching.values():
+            task.cancel()
+        await asyncio.gather(*self._watching.values(), return_exceptions=True)
+        await self._images.close()
+        await asyncio.to_thread(self._threads.close)
+        self._cgroups.close()
+
+    def runtimes(self) -> tuple[RuntimeInfo, ...]:
+        return self._order
+
+    def features(self) -> frozenset[str]:
+        found = {"Pause", "Exec", "Logs"}
+        return frozenset(found | ({"HostNetwork"} if self._options.allow_host_network else set()))
+
+    def _runtime_of(self, name: str) -> str:
+        """The program of a runtime. Raises EngineError `RuntimeNotFound`."""
+        chosen = self._runtimes.get(name or self._order[0].name)
+        if chosen is None or not chosen.info.ready:
+            why = chosen.info.message if chosen else "it is not one of this node's"
+            raise EngineError("RuntimeNotFound", f"runtime: {name!r} cannot be used: {why}")
+        return chosen.program
+
+    async def _locked(self, sandbox_id: str, work: Callable[[], T]) -> T:
+        """One step of a sandbox at a time, to its end even if the caller gives up."""
+        lock = self._locks.setdefault(sandbox_id, threading.Lock())
+
+        def step() -> T:
+            with lock:
+                try:
+                    return work()
+                except OSError as error:
+                    raise EngineError("NodeError", str(error), retryable=True) from error
+
+        return await self._threads.run(step)
+
+    # -- life
+
+    async def prepare(
+        self, sandbox_id: str, config: node_pb2.SandboxConfig, progress: Progress
+    ) -> Mapping[str, str]:
+        folder = self._containers.folder(sandbox_id)
+        runtime = self._runtime_of(config.runtime)
+        for container in config.containers:
+            spec.check_mounts(config, container)
+
+        def ensure(container: node_pb2.ContainerConfig) -> Any:
+            return self._images.ensure(
+                container.image,
+                container.image_pull_policy,
+                lambda reason, message: progress(container.name, reason, message),
+            )
+
+        found = await asyncio.gather(*(ensure(each) for each in config.containers), return_exceptions=True)
+        for each in found:
+            if isinstance(each, BaseException):
+                raise each
+        images: dict[str, Image] = {
+            container.name: image for container, image in zip(config.containers, found, strict=True)
+        }
+        await self._locked(
+            sandbox_id, lambda: self._containers.prepare(folder.sandbox_id, config, runtime, images)
+        )
+        return {name: image.digest for name, image in images.items()}
+
+    async def start(self, sandbox_id: str, config: node_pb2.SandboxConfig) -> int:
+        pid = await self._locked(sandbox_id, lambda: self._containers.start(sandbox_id, config))
+        self._watch(sandbox_id)
+        return pid
+
+    async def start_container(
+        self, sandbox_id: str, config: node_pb2.SandboxConfig, container: str, attempt: int
+    ) -> int:
+        runtime = self._runtime_of(config.runtime)
+        return await self._locked(
+            sandbox_id,
+            lambda: self._containers.start_container(sandbox_id, config, container, attempt, runtime),
+        )
+
+    def _attempt(self, sandbox_id: str, container: str, attempt: int) -> AttemptFolder:
+        return self._containers.folder(sandbox_id).container(container).attempt(attempt)
+
+    async def inspect(self, sandbox_id: str, container: str, attempt: int) -> ProcessState:
+        folder = self._containers.folder(sandbox_id)
+        if container == SANDBOX_PROCESS:
+            process = self._containers.process(folder)
+            if process is None:
+                return ProcessState()
+            if process.alive():
+                self._watch(sandbox_id)
+                return ProcessState(pid=process.pid)
+            return ProcessState(exit=exits.of_sandbox(folder, process))
+        attempt_folder = self._attempt(sandbox_id, container, attempt)
+        started = containers.read_started(attempt_folder)
+        if started is None:
+            ended = exits.read(attempt_folder, self._cgroups)
+            return ProcessState(exit=ended)
+        if started.process.alive():
+            return ProcessState(pid=started.process.pid)
+        return ProcessState(exit=await self._container_exit(attempt_folder, started))
+
+    async def wait(self, sandbox_id: str, container: str, attempt: int) -> ProcessExit:
+        if container == SANDBOX_PROCESS:
+            return await asyncio.shield(self._watch(sandbox_id))
+        folder = self._attempt(sandbox_id, container, attempt)
+        started = containers.read_started(folder)
+        if started is None:
+            ended = exits.read(folder, self._cgroups)
+            if ended is None:
+                raise EngineError("NotStarted", f"container {container!r} was not started")
+            return ended
+        return await self._container_exit(folder, started)
+
+    async def _container_exit(self, folder: AttemptFolder, started: containers.Started) -> ProcessExit:
+        # conmon ends last, after it has written the exit file.
+        if started.monitor is not None:
+            await started.monitor.ended()
+        ended = exits.read(folder, self._cgroups)
+        if ended is None:
+            await started.process.ended()
+            ended = exits.read(folder, self._cgroups) or exits.lost(
+                "its monitor was killed, and its exit with it"
+            )
+        return ended
+
+    def _watch(self, sandbox_id: str) -> asyncio.Task[ProcessExit]:
+        """One task per sandbox process that waits for its end and keeps the record of it."""
+        task = self._watching.get(sandbox_id)
+        if task is None or (task.done() and (task.cancelled() or task.exception())):
+            task = asyncio.create_task(self._sandbox_exit(sandbox_id))
+            self._watching[sandbox_id] = task
+        return task
+
+    async def _sandbox_exit(self, sandbox_id: str) -> ProcessExit:
+        folder = self._containers.folder(sandbox_id)
+        process = self._containers.process(folder)
+        if process is None:
+            raise EngineError("NotStarted", "the sandbox process was not started")
+        await process.ended()
+        ended = exits.of_sandbox(folder, process)
+        if folder.path.exists() and not folder.exit.exists():
+            with contextlib.suppress(OSError):
+                write_json(folder.exit, {"at": ended.exited_at.timestamp()})
+        return ended
+
+    async def kill(self, sandbox_id: str, container: str, attempt: int, signal: int) -> None:
+        folder = self._containers.folder(sandbox_id)
+        if container == SANDBOX_PROCESS:
+            process = self._containers.process(folder)
+            if process is not None and process.alive():
+                write_json(folder.killed, {"signal": signal})
+                process.send(signal)
+            return
+        started = containers.read_started(self._attempt(sandbox_id, container, attempt))
+        if started is not None:
+            started.process.send(self._stop_signal(folder, container, signal))
+            if self._cgroups.is_frozen(sandbox_id):
+                # A frozen process takes no signal, not even SIGKILL on cgroup v1.
+                await self.resume(sandbox_id)
+
+    @staticmethod
+    def _stop_signal(folder: SandboxFolder, container: str, number: int) -> int:
+        """SIGTERM becomes the image's StopSignal, where it names one."""
+        if number != signal.SIGTERM:
+            return number
+        image = containers.read_image(folder.container(container))
+        name = image.config.stop_signal if image else ""
+        if name.isdecimal() and 0 < int(name) <= 64:
+            return int(name)
+        with contextlib.suppress(ValueError, KeyError):
+            return signal.Signals[name if name.startswith("SIG") else f"SIG{name}"]
+        return number
+
+    async def pause(self, sandbox_id: str) -> None:
+        await self._locked(sandbox_id, lambda: self._cgroups.freeze(sandbox_id, True))
+
+    async def resume(self, sandbox_id: str) -> None:
+        await self._locked(sandbox_id, lambda: self._cgroups.freeze(sandbox_id, False))
+
+    async def usage(self, sandbox_id: str) -> UsageSample | None:
+        process = self._containers.process(self._containers.folder(sandbox_id))
+        if process is None or not process.alive():
+            return None
+        return self._cgroups.usage(sandbox_id)
+
+    async def remove(self, sandbox_id: str) -> None:
+        await self._locked(sandbox_id, lambda: self._containers.remove(sandbox_id))
+        task = self._watching.pop(sandbox_id, None)
+        if task is not None:
+            task.cancel()
+        self._locks.pop(sandbox_id, None)
+
+    async def list(self) -> frozenset[str]:
+        return await asyncio.to_thread(self._containers.list)
+
+    async def collect(self, in_use: frozenset[str]) -> None:
+        await self._images.collect(in_use)
+
+    # -- what people look into
+
+    async def exec(
+        self,
+        sandbox_id: str,
+        container: str,
+        attempt: int,
+        command: list[str],
+        *,
+        tty: bool,
+        stdin: bool,
+        size: tuple[int, int] | None,
+    ) -> ExecSession:
+        folder = self._attempt(sandbox_id, container, attempt)
+        started = containers.read_started(folder)
+        if started is None or not started.process.alive():
+            raise EngineError("NotRunning", f"container {container!r} does not run")
+        if self._cgroups.is_frozen(sandbox_id):
+            raise EngineError("Paused", "the sandbox is paused")
+        if not command or not command[0] or any("\0" in each for each in command):
+            raise EngineError("InvalidConfig", "command: must not be empty or hold NUL")
+        sandbox = self._containers.folder(sandbox_id)
+        runtime = (read_json(sandbox.prepared) or {}).get("runtime", "")
+
+        def begin() -> ExecSession:
+            process = {**read_json(folder.config)["process"], "args": command, "terminal": tty}
+            if tty and size:
+                process["consoleSize"] = {"width": size[0], "height": size[1]}
+            files = Path(tempfile.mkdtemp(prefix="exec-", dir=folder.path))
+            write_json(files / "process.json", process)
+            argv = [
+                *(runtime, f"--root={sandbox.runtime_root}", "exec", "--pid-file", str(files / "pid")),
+                *(["--tty"] if tty else []),
+                *("--process", str(files / "process.json"), folder.runtime_id),
+            ]
+            return sessions.spawn(argv, files, tty=tty, stdin=stdin, size=size)
+
+        return await self._threads.run(begin)
+
+    async def logs(
+        self, sandbox_id: str, container: str, *, follow: bool, tail_lines: int, timestamps: bool
+    ) -> AsyncIterator[bytes]:
+        folder = self._containers.folder(sandbox_id)
+
+        def ended() -> bool:
+            process = self._containers.process(folder)
+            return not folder.path.exists() or (process is not None and not process.alive())
+
+        async for piece in logs.stream(
+            folder.container(container),
+            follow=follow,
+            tail_lines=tail_lines,
+            timestamps=timestamps,
+            ended=ended,
+        ):
+            yield piece
+
+
+def _path() -> str:
+    return os.environ.get("PATH", os.defpath)
+
+
+__all__ = ["OCIEngine"]

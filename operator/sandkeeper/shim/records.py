@@ -1,0 +1,161 @@
+"""What a shim knows, on disk: one folder per sandbox, each file replaced as a whole.
+
+    STATE/sandboxes/ID/config.json   what Create asked for (0600: it holds environment values)
+    STATE/sandboxes/ID/record.json   what has become of it, and what was asked of the shim since
+    STATE/fences/UID                 the highest instance seen of an owner
+
+A write is a new file, then a rename: a kill at any point leaves the old or the new one. What must outlive a power
+cut (a new sandbox, an exit, a fence) is fsynced too; what only tells of processes that a power cut ends is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from google.protobuf import json_format
+
+from sandkeeper.wire import node_pb2
+from sandkeeper.wire.ids import valid_id
+
+FENCE_SECONDS = 24 * 3600
+"""How long a fence outlives its sandbox: far longer than any call can be under way."""
+
+
+@dataclass(slots=True)
+class Asked:
+    """What was asked of the shim and must be carried through after a restart."""
+
+    # Unix time of the first Stop; 0 for none.
+    stop_at: float = 0.0
+    # Shutdown has begun: nothing may bring the sandbox back.
+    removing: bool = False
+    # Paths of cgroups and the like are the engine's; this is only for people who read the file.
+    version: int = 1
+
+
+@dataclass(slots=True)
+class Saved:
+    """One sandbox as it is on disk."""
+
+    config: node_pb2.SandboxConfig
+    record: node_pb2.SandboxRecord
+    asked: Asked = field(default_factory=Asked)
+
+
+class Records:
+    """All of them. Methods block on the disk; ids are checked before they become file names."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._sandboxes = state_dir / "sandboxes"
+        self._fences = state_dir / "fences"
+
+    def open(self) -> None:
+        """Makes the folders and drops what half-written files there are. Raises OSError."""
+        for folder in (self._sandboxes, self._fences):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for left in folder.rglob("*.tmp"):
+                left.unlink(missing_ok=True)
+        self._forget_fences()
+
+    def create(self, saved: Saved) -> None:
+        """Writes a new sandbox durably."""
+        folder = self._folder(saved.record.sandbox_id)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        _replace(folder / "config.json", _dump(saved.config), sync=True)
+        self.save(saved, sync=True)
+        _sync_folder(self._sandboxes)
+
+    def save(self, saved: Saved, *, sync: bool = False) -> None:
+        """Writes what has become of a sandbox. sync: must outlive a power cut."""
+        record = json_format.MessageToDict(saved.record)
+        text = json.dumps({"record": record, "asked": asdict(saved.asked)}, separators=(",", ":"))
+        _replace(self._folder(saved.record.sandbox_id) / "record.json", text.encode(), sync=sync)
+
+    def remove(self, sandbox_id: str) -> None:
+        """Forgets a sandbox; one that is not there is no error."""
+        folder = self._folder(sandbox_id)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+
+    def load(self) -> Iterator[tuple[str, Saved | None]]:
+        """(id, sandbox) of all; None where its files cannot be made sense of."""
+        for folder in sorted(self._sandboxes.iterdir()):
+            if folder.is_dir() and valid_id(folder.name):
+                yield folder.name, _load(folder)
+
+    # Fences
+
+    def fence(self, uid: str) -> int:
+        """The highest instance seen of an owner, 0 for none."""
+        if not valid_id(uid):
+            return 0
+        try:
+            return int((self._fences / uid).read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def raise_fence(self, uid: str, instance: int) -> None:
+        """Notes an instance durably; lower ones are refused from now on."""
+        if not valid_id(uid):
+            raise ValueError("owner.uid must be an identifier")
+        _replace(self._fences / uid, str(instance).encode(), sync=True)
+
+    def _forget_fences(self) -> None:
+        oldest = time.time() - FENCE_SECONDS
+        owners = {saved.record.owner.uid for _, saved in self.load() if saved is not None}
+        for mark in self._fences.iterdir():
+            if mark.name not in owners and mark.stat().st_mtime < oldest:
+                mark.unlink(missing_ok=True)
+
+    def _folder(self, sandbox_id: str) -> Path:
+        if not valid_id(sandbox_id):
+            raise ValueError(f"sandbox_id {sandbox_id!r} must be an identifier")
+        return self._sandboxes / sandbox_id
+
+
+def _load(folder: Path) -> Saved | None:
+    try:
+        config = json_format.Parse(
+            (folder / "config.json").read_bytes(), node_pb2.SandboxConfig(), ignore_unknown_fields=True
+        )
+        raw = json.loads((folder / "record.json").read_bytes())
+        record = json_format.ParseDict(raw["record"], node_pb2.SandboxRecord(), ignore_unknown_fields=True)
+        asked = Asked(stop_at=float(raw["asked"]["stop_at"]), removing=bool(raw["asked"]["removing"]))
+    except (OSError, ValueError, KeyError, TypeError, json_format.ParseError, RecursionError):
+        return None
+    return Saved(config, record, asked) if record.sandbox_id == folder.name else None
+
+
+def _dump(message: node_pb2.SandboxConfig) -> bytes:
+    return json_format.MessageToJson(message, indent=None).encode()
+
+
+def _replace(path: Path, data: bytes, *, sync: bool) -> None:
+    fresh = path.with_name(f"{path.name}.tmp")
+    handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(handle, view) :]
+        if sync:
+            os.fdatasync(handle)
+    finally:
+        os.close(handle)
+    os.replace(fresh, path)  # noqa: PTH105 - on the hot path
+    if sync:
+        _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

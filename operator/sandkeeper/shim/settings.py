@@ -1,0 +1,185 @@
+"""The shim's settings: flags over environment (SANDKEEPER_SHIM_*) over a YAML file over defaults."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from sandkeeper.wire.ids import valid_node_name
+from sandkeeper.wire.tls import OPERATOR_IDENTITY, ServerTLS, TLSFiles
+
+ENV_PREFIX = "SANDKEEPER_SHIM_"
+MIB = 1024 * 1024
+
+
+class OCISettings(BaseModel):
+    """The oci engine: programs, images, and limits of containers that name none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    runtimes: tuple[str, ...] = Field(
+        ("crun", "runc", "runsc"),
+        description="Programs of the runtimes to try; a bare name is looked up in PATH.",
+    )
+    default_runtime: str = Field(
+        "", description="Runtime for sandboxes that name none; default: the fastest."
+    )
+    conmon: str = Field("conmon", description="The container monitor.")
+    catatonit: str = Field("catatonit", description="The sandbox process: a static pause program.")
+    seccomp_profile: Path = Field(
+        Path("/usr/share/containers/seccomp.json"),
+        description="Seccomp profile in containers-common's format.",
+    )
+    log_max_bytes: int = Field(16 * MIB, ge=4096, description="Bound on one container's log, in bytes.")
+    default_cpu_millis: int = Field(1000, ge=0, description="CPU limit in thousandths of a core; 0: none.")
+    default_memory_bytes: int = Field(512 * MIB, ge=4 * MIB, description="Memory limit in bytes.")
+    default_pids: int = Field(1024, ge=1, description="Limit of processes and threads.")
+    cgroup_parent: str = Field(
+        "sandkeeper",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Cgroup that holds every sandbox's own.",
+    )
+    allow_host_network: bool = Field(False, description="Sandboxes may ask for `network: Host`.")
+
+    image_dir: Path | None = Field(None, description="Image store; default: `images` in the state directory.")
+    image_auth_file: Path | None = Field(None, description="Registry credentials (containers-auth.json(5)).")
+    registries_conf: Path | None = Field(None, description="Mirrors (containers-registries.conf(5)).")
+    image_policy: Path | None = Field(None, description="Trusted images (containers-policy.json(5)).")
+    image_layouts: tuple[Path, ...] = Field(
+        (), description="Folders of OCI image layouts, before any registry."
+    )
+    insecure_registries: tuple[str, ...] = Field((), description="Registries reached without checked TLS.")
+    image_pull_timeout: float = Field(600.0, gt=0, description="Seconds for one pull.")
+    image_disk_high: int = Field(
+        85, ge=1, le=100, description="Percent of disk in use that starts a collection."
+    )
+    image_disk_low: int = Field(80, ge=1, le=100, description="Percent of disk in use that ends it.")
+
+
+class SimulatedSettings(BaseModel):
+    """The simulated engine: no processes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    failpoints: dict[str, str] = Field(
+        default_factory=dict, description="Engine method -> `<count>*<error|delay|hang|lose>(arg)->...`."
+    )
+    start_seconds: float = Field(0.0, ge=0, description="How long a start takes.")
+    image_seconds: float = Field(0.0, ge=0, description="How long an image takes that is not there yet.")
+
+
+class ShimSettings(BaseSettings):
+    """What a shim is told at its start. Durations are seconds.
+
+    Raises pydantic.ValidationError naming the field for a value out of bounds, an unknown key, or a TCP
+    address without TLS.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True
+    )
+
+    config_file: Path | None = Field(None, description="YAML file with any of these settings.")
+    node_name: str = Field(
+        default_factory=lambda: socket.gethostname().lower(), description="Name of this node's SandboxNode."
+    )
+    state_dir: Path = Field(Path("/var/lib/sandkeeper"), description="Records and sandboxes; must persist.")
+    run_dir: Path = Field(Path("/run/sandkeeper"), description="Sockets; emptied by a reboot.")
+    socket: Path | None = Field(None, description="Unix socket (mode 0600); default: shim.sock in run_dir.")
+    listen: str = Field("", description="host:port to listen on with mutual TLS; empty: unix socket only.")
+    tls_ca: Path | None = Field(None, description="CA of the clients' certificates (PEM).")
+    tls_cert: Path | None = Field(None, description="This shim's certificate; its name is the node's (PEM).")
+    tls_key: Path | None = Field(None, description="The key of tls_cert (PEM).")
+    allowed_clients: Annotated[tuple[str, ...], NoDecode] = Field(
+        (OPERATOR_IDENTITY,), description="Names in client certificates that may call, comma-separated."
+    )
+    engine: Literal["oci", "simulated"] = Field("oci", description="How processes are made.")
+    oci: OCISettings = OCISettings()
+    simulated: SimulatedSettings = SimulatedSettings()
+
+    cpu_millis: int = Field(0, ge=0, description="CPU for sandboxes, in thousandths of a core; 0: all.")
+    memory_bytes: int = Field(0, ge=0, description="Memory for sandboxes in bytes; 0: all.")
+    pids: int = Field(0, ge=0, description="Processes for sandboxes; 0: the kernel's limit.")
+    sandboxes: int = Field(0, ge=0, description="How many sandboxes at most; 0: no bound.")
+
+    restart_backoff: float = Field(1.0, gt=0, description="First wait of restartPolicy; doubles each time.")
+    restart_backoff_max: float = Field(300.0, gt=0, description="Longest wait of restartPolicy.")
+    restart_reset: float = Field(
+        600.0, gt=0, description="A container that ran this long starts at the first again."
+    )
+    pull_backoff: float = Field(5.0, gt=0, description="First wait after a failed pull; doubles each time.")
+    pull_backoff_max: float = Field(300.0, gt=0, description="Longest wait after a failed pull.")
+    concurrent_starts: int = Field(
+        default_factory=lambda: 4 * (os.cpu_count() or 1), ge=1, description="Starts at a time; others wait."
+    )
+    usage_interval: float = Field(30.0, gt=0, description="How often a running sandbox's use is sampled.")
+    collect_interval: float = Field(300.0, gt=0, description="How often unused images are looked at.")
+    stop_grace: float = Field(5.0, ge=0, description="For calls under way when the shim is stopped.")
+    log_format: Literal["console", "json"] = "console"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @field_validator("allowed_clients", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return (
+            tuple(part.strip() for part in value.split(",") if part.strip())
+            if isinstance(value, str)
+            else value
+        )
+
+    @field_validator("node_name")
+    @classmethod
+    def _named(cls, value: str) -> str:
+        if not valid_node_name(value):
+            raise ValueError("must be a DNS subdomain: lower-case letters, digits, `-` and `.`, at most 253")
+        return value
+
+    @model_validator(mode="after")
+    def _tcp_needs_tls(self) -> Self:
+        given = [self.tls_ca, self.tls_cert, self.tls_key]
+        if self.listen and not all(given):
+            raise ValueError(
+                "listen: TCP needs mutual TLS: set tls_ca, tls_cert and tls_key, or leave listen empty"
+            )
+        if any(given) and not all(given):
+            raise ValueError("tls_ca, tls_cert and tls_key must be set together")
+        if self.listen and not self.listen.rpartition(":")[2].isdigit():
+            raise ValueError("listen must be host:port")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        given = init_settings.init_kwargs if isinstance(init_settings, InitSettingsSource) else {}
+        file = given.get("config_file") or os.environ.get(f"{ENV_PREFIX}CONFIG_FILE")
+        if not file:
+            return init_settings, env_settings
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=Path(file))
+
+    @property
+    def socket_path(self) -> Path:
+        return self.socket or self.run_dir / "shim.sock"
+
+    @property
+    def server_tls(self) -> ServerTLS | None:
+        if not (self.tls_ca and self.tls_cert and self.tls_key):
+            return None
+        return ServerTLS(TLSFiles(ca=self.tls_ca, cert=self.tls_cert, key=self.tls_key))
