@@ -56,7 +56,7 @@ def read_image(folder: ContainerFolder) -> Image | None:
     document = read_json(folder.image)
     if not document:
         return None
-    config = {
+    config: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in document["config"].items()
     }
     return Image(document["digest"], Path(document["rootfs"]), ImageConfig(**config))

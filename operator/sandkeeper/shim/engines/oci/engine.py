@@ -10,7 +10,7 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -59,7 +59,7 @@ class OCIEngine(Engine):
     def __init__(self, settings: Any, *, images: Images | None = None) -> None:
         """settings: ShimSettings, or Options together with an image store."""
         self._options = settings if isinstance(settings, Options) else Options.from_settings(settings)
-        self._images = images if images is not None else ImageStore(settings.oci)
+        self._images = images if images is not None else ImageStore(_image_settings(settings))
         self._runtimes: Mapping[str, runtimes.Runtime] = {}
         self._order: tuple[RuntimeInfo, ...] = ()
         self._locks: dict[str, threading.Lock] = {}
@@ -159,7 +159,7 @@ class OCIEngine(Engine):
         for container in config.containers:
             spec.check_mounts(config, container)
 
-        def ensure(container: node_pb2.ContainerConfig) -> Any:
+        def ensure(container: node_pb2.ContainerConfig) -> Awaitable[Image]:
             return self._images.ensure(
                 container.image,
                 container.image_pull_policy,
@@ -167,12 +167,11 @@ class OCIEngine(Engine):
             )
 
         found = await asyncio.gather(*(ensure(each) for each in config.containers), return_exceptions=True)
-        for each in found:
-            if isinstance(each, BaseException):
-                raise each
-        images: dict[str, Image] = {
-            container.name: image for container, image in zip(config.containers, found, strict=True)
-        }
+        images: dict[str, Image] = {}
+        for container, image in zip(config.containers, found, strict=True):
+            if isinstance(image, BaseException):
+                raise image
+            images[container.name] = image
         await self._locked(
             sandbox_id, lambda: self._containers.prepare(folder.sandbox_id, config, runtime, images)
         )
@@ -305,9 +304,6 @@ class OCIEngine(Engine):
             task.cancel()
         self._locks.pop(sandbox_id, None)
 
-    async def list(self) -> frozenset[str]:
-        return await asyncio.to_thread(self._containers.list)
-
     async def collect(self, in_use: frozenset[str]) -> None:
         await self._images.collect(in_use)
 
@@ -367,6 +363,17 @@ class OCIEngine(Engine):
             ended=ended,
         ):
             yield piece
+
+    # Last in the class: its name hides the built-in from what follows.
+    async def list(self) -> frozenset[str]:
+        return await asyncio.to_thread(self._containers.list)
+
+
+def _image_settings(settings: Any) -> Any:
+    """The image store's own; its folder is beside the engine's where none is named."""
+    if settings.oci.image_dir is not None:
+        return settings.oci
+    return settings.oci.model_copy(update={"image_dir": settings.state_dir / "images"})
 
 
 def _path() -> str:

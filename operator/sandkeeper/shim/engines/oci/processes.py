@@ -108,10 +108,10 @@ class ProcessRef:
 async def readable(fd: int) -> None:
     """Returns once the pidfd says that its process has ended, and closes it."""
     loop = asyncio.get_running_loop()
-    done = loop.create_future()
-    loop.add_reader(fd, lambda: done.done() or done.set_result(None))
+    ready = asyncio.Event()
+    loop.add_reader(fd, ready.set)
     try:
-        await done
+        await ready.wait()
     finally:
         loop.remove_reader(fd)
         os.close(fd)

@@ -189,10 +189,10 @@ async def _read(fd: int) -> bytes:
 
 async def _ready(fd: int, *, write: bool) -> None:
     loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
+    ready = asyncio.Event()
     add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
-    add(fd, lambda: done.done() or done.set_result(None))
+    add(fd, ready.set)
     try:
-        await done
+        await ready.wait()
     finally:
         remove(fd)
