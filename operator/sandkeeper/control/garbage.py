@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from sandkeeper.api import ASSIGNMENT_ANNOTATION
-from sandkeeper.control.logs import bound
 from sandkeeper.control.nodelink import NodeLink
 from sandkeeper.control.observation import Assignment, Key
 from sandkeeper.control.ports import Gone, KubeError, Raw
+from sandkeeper.logs import bound
 from sandkeeper.wire import node_pb2
 from sandkeeper.wire.errors import NotFound, ShimError
 from sandkeeper.wire.ids import OwnerKey

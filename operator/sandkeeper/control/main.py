@@ -14,7 +14,8 @@ from typing import Any
 import kopf
 from kubernetes.aio import client
 
-from sandkeeper.control import app, logs
+from sandkeeper import logs
+from sandkeeper.control import app
 from sandkeeper.control.events import Recorder
 from sandkeeper.control.garbage import GarbageCollector
 from sandkeeper.control.health import Check, HealthServer

@@ -16,12 +16,16 @@ class Refused(Exception):
 
 
 class UnknownSandbox(Refused):
-    """There is no such sandbox here."""
+    """There is no such sandbox here, or no such container in it."""
 
     code = grpc.StatusCode.NOT_FOUND
 
-    def __init__(self, sandbox_id: str) -> None:
-        super().__init__(f"sandbox {sandbox_id!r} not found")
+    def __init__(self, sandbox_id: str, container: str = "") -> None:
+        super().__init__(
+            f"sandbox {sandbox_id!r} has no container {container!r}"
+            if container
+            else f"sandbox {sandbox_id!r} not found"
+        )
 
 
 class Taken(Refused):

@@ -112,7 +112,7 @@ class ShimSettings(BaseSettings):
     cpu_millis: int = Field(0, ge=0, description="CPU for sandboxes, in thousandths of a core; 0: all.")
     memory_bytes: int = Field(0, ge=0, description="Memory for sandboxes in bytes; 0: all.")
     pids: int = Field(0, ge=0, description="Processes for sandboxes; 0: the kernel's limit.")
-    sandboxes: int = Field(0, ge=0, description="How many sandboxes at most; 0: no bound.")
+    sandboxes: int = Field(10_000, ge=1, description="How many sandboxes at most.")
 
     restart_backoff: float = Field(1.0, gt=0, description="First wait of restartPolicy; doubles each time.")
     restart_backoff_max: float = Field(300.0, gt=0, description="Longest wait of restartPolicy.")

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from pydantic import ValidationError
 
-from sandkeeper.control import logs
+from sandkeeper import logs
 from sandkeeper.control.health import HealthServer
 from sandkeeper.control.metrics import Metrics, Snapshot
 from sandkeeper.control.settings import OperatorSettings

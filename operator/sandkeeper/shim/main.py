@@ -1,0 +1,55 @@
+"""A shim as a process: from its settings to its end by SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+
+from sandkeeper import logs
+from sandkeeper.shim.engines.base import Engine, EngineError
+from sandkeeper.shim.server import ShimServer
+from sandkeeper.shim.settings import ShimSettings
+
+log = logging.getLogger(__name__)
+
+
+def make_engine(settings: ShimSettings) -> Engine:
+    """The engine that the settings name."""
+    if settings.engine == "simulated":
+        from sandkeeper.shim.engines.simulated import SimulatedEngine
+
+        return SimulatedEngine(settings)
+    from sandkeeper.shim.engines.oci import OCIEngine
+
+    return OCIEngine(settings)
+
+
+async def run(settings: ShimSettings) -> None:
+    """Serves until SIGTERM or SIGINT. Raises EngineError, OSError, RuntimeError where it cannot start."""
+    asked_to_stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked_to_stop.set)
+    server = ShimServer(settings, make_engine(settings))
+    try:
+        await server.start()
+        where = [f"unix:{settings.socket_path}", *([settings.listen] if settings.listen else [])]
+        log.info("serving", extra={"node": settings.node_name, "engine": settings.engine, "on": where})
+        await asked_to_stop.wait()
+    finally:
+        await server.stop()
+
+
+def main(settings: ShimSettings) -> None:
+    """Set up logging and run: what `sandkeeper shim` does. Exit status 1 with a message where it cannot."""
+    logs.configure(settings.log_format, settings.log_level)
+    try:
+        asyncio.run(run(settings))
+    except BlockingIOError:
+        log.error("another shim uses the state directory", extra={"state_dir": str(settings.state_dir)})
+        sys.exit(1)
+    except (EngineError, OSError, RuntimeError) as error:
+        log.error("cannot serve", extra={"error": str(error)})
+        sys.exit(1)
