@@ -21,6 +21,7 @@ import yaml
 
 from sandkeeper.localcluster import binaries
 from sandkeeper.localcluster.apiserver import ApiServer, Kubectl, KubectlError, apply_crds
+from sandkeeper.localcluster.cluster import LocalCluster
 from sandkeeper.localcluster.processes import Processes
 
 KUBECONFIG = "SANDKEEPER_TEST_KUBECONFIG"
@@ -71,6 +72,19 @@ def plain_cluster() -> Iterator[TestCluster]:
 
 
 @contextlib.contextmanager
+def whole_cluster(**options: Any) -> Iterator[LocalCluster]:
+    """API server, shims and operator, and nothing left of them. options: as of LocalCluster.up."""
+    folder = Path(tempfile.mkdtemp(prefix="sbx-"))  # short: sockets lie below
+    local = LocalCluster(folder)
+    try:
+        local.up(tied=True, **options)
+        yield local
+    finally:
+        local.down()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def fresh_namespace(kubectl: Kubectl) -> Iterator[str]:
     """A namespace of its own. What a test left in it is deleted afterwards."""
     name = f"test-{uuid.uuid4().hex[:10]}"
@@ -107,4 +121,12 @@ def condition_of(sandbox: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return next((c for c in conditions if c["type"] == kind), {})
 
 
-__all__ = ["KubectlError", "TestCluster", "condition_of", "eventually", "fresh_namespace", "plain_cluster"]
+__all__ = [
+    "KubectlError",
+    "TestCluster",
+    "condition_of",
+    "eventually",
+    "fresh_namespace",
+    "plain_cluster",
+    "whole_cluster",
+]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tests.cluster import TestCluster, fresh_namespace, plain_cluster
+from tests.cluster import TestCluster, fresh_namespace, plain_cluster, whole_cluster
+
+from sandkeeper.localcluster.cluster import LocalCluster
 
 
 @pytest.fixture(scope="session")
@@ -19,4 +21,21 @@ def cluster() -> Iterator[TestCluster]:
 def namespace(cluster: TestCluster) -> Iterator[str]:
     """A namespace for one test."""
     with fresh_namespace(cluster.kubectl) as name:
+        yield name
+
+
+@pytest.fixture(scope="session")
+def local() -> Iterator[LocalCluster]:
+    """A whole cluster with two nodes that run real containers, shared by all tests that only read and write objects.
+
+    A test that kills a part of it makes one of its own: `whole_cluster`.
+    """
+    with whole_cluster(shims=2, engine="oci") as found:
+        yield found
+
+
+@pytest.fixture
+def home(local: LocalCluster) -> Iterator[str]:
+    """A namespace of `local` for one test."""
+    with fresh_namespace(local.kubectl) as name:
         yield name
