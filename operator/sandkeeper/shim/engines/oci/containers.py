@@ -212,6 +212,8 @@ class Containers:
                 self._options.log_max_bytes // 2, self._cgroups, self._options.runtime_timeout,
             )  # fmt: skip
             created = time.perf_counter()
+            caps = spec.capabilities(container, self._options.allowed_capabilities)
+            self._seccomp.learn(caps, sandbox.runtime_root / folder.runtime_id)
             ref = ProcessRef.of(pid)
             self._runtime(sandbox, runtime, "start", folder.runtime_id)
         except EngineError:
@@ -317,6 +319,8 @@ class Containers:
         if recorded is None and (folder.path / "starting").exists():
             found = pause.find(folder.sandbox_id)
         for ref in found:
+            if ref.alive():
+                write_json(folder.killed, {"signal": signal.SIGKILL})
             if ref.send(signal.SIGKILL) and not ref.join(5.0):
                 raise EngineError("RemoveFailed", f"process {ref.pid} does not end", retryable=True)
             reap(ref.pid)

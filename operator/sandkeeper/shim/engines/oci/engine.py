@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -32,7 +31,7 @@ from sandkeeper.shim.engines.oci.images import Image, ImageStore
 from sandkeeper.shim.engines.oci.images.types import Progress as ImageProgress
 from sandkeeper.shim.engines.oci.options import Options
 from sandkeeper.shim.engines.oci.processes import ProcessRef, read_json, write_json
-from sandkeeper.shim.engines.oci.threads import Threads
+from sandkeeper.shim.engines.oci.threads import Locks, Threads
 from sandkeeper.wire import node_pb2
 
 log = logging.getLogger(__name__)
@@ -62,7 +61,7 @@ class OCIEngine(Engine):
         self._images = images if images is not None else ImageStore(_image_settings(settings))
         self._runtimes: Mapping[str, runtimes.Runtime] = {}
         self._order: tuple[RuntimeInfo, ...] = ()
-        self._locks: dict[str, threading.Lock] = {}
+        self._locks = Locks()
         self._watching: dict[str, asyncio.Task[ProcessExit]] = {}
 
     # -- the node
@@ -108,9 +107,10 @@ class OCIEngine(Engine):
                     monitor.find(attempt) for each in folder.containers() for attempt in each.attempts()
                 ]
                 for ref in candidates:
-                    if ref is not None and ref.alive():
-                        if os.readlink(f"/proc/{ref.pid}/ns/mnt") != own:  # noqa: PTH115
-                            return ref.pid
+                    if ref is None or not ref.alive():
+                        continue
+                    if os.readlink(f"/proc/{ref.pid}/ns/mnt") != own:  # noqa: PTH115
+                        return ref.pid
         return 0
 
     async def close(self) -> None:
@@ -138,10 +138,9 @@ class OCIEngine(Engine):
 
     async def _locked(self, sandbox_id: str, work: Callable[[], T]) -> T:
         """One step of a sandbox at a time, to its end even if the caller gives up."""
-        lock = self._locks.setdefault(sandbox_id, threading.Lock())
 
         def step() -> T:
-            with lock:
+            with self._locks.of(sandbox_id):
                 try:
                     return work()
                 except OSError as error:
@@ -251,11 +250,14 @@ class OCIEngine(Engine):
         if process is None:
             raise EngineError("NotStarted", "the sandbox process was not started")
         await process.ended()
-        ended = exits.of_sandbox(folder, process)
-        if folder.path.exists() and not folder.exit.exists():
-            with contextlib.suppress(OSError):
+
+        def keep() -> ProcessExit:
+            ended = exits.of_sandbox(folder, process)
+            if folder.path.exists() and not folder.exit.exists():
                 write_json(folder.exit, {"at": ended.exited_at.timestamp()})
-        return ended
+            return ended
+
+        return await self._locked(sandbox_id, keep)
 
     async def kill(self, sandbox_id: str, container: str, attempt: int, signal: int) -> None:
         folder = self._containers.folder(sandbox_id)
@@ -299,10 +301,8 @@ class OCIEngine(Engine):
 
     async def remove(self, sandbox_id: str) -> None:
         await self._locked(sandbox_id, lambda: self._containers.remove(sandbox_id))
-        task = self._watching.pop(sandbox_id, None)
-        if task is not None:
-            task.cancel()
-        self._locks.pop(sandbox_id, None)
+        # Its process has ended, so that the task ends by itself, with an answer for whoever waits.
+        self._watching.pop(sandbox_id, None)
 
     async def collect(self, in_use: frozenset[str]) -> None:
         await self._images.collect(in_use)

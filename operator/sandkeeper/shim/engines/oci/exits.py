@@ -52,6 +52,8 @@ def lost(message: str, at: datetime | None = None) -> ProcessExit:
 
 def of_sandbox(folder: SandboxFolder, process: ProcessRef) -> ProcessExit:
     """How the sandbox process ended: by a signal that we sent, or not by us."""
+    if not folder.path.exists():  # removed meanwhile: that killed it
+        return decide(128 + signal.SIGKILL, datetime.now(UTC), out_of_memory=False)
     recorded = read_json(folder.exit) or {}
     at = datetime.fromtimestamp(float(recorded.get("at") or _seen(folder.exit)), UTC)
     killed = read_json(folder.killed) or {}

@@ -27,7 +27,7 @@ def make_attempt(folder: AttemptFolder, image_rootfs: str) -> None:
     for each in (folder.rootfs, folder.upper, folder.work):
         each.mkdir(exist_ok=True)
     # The root of the overlay is the upper folder's: with the image's owner and mode.
-    found = os.stat(image_rootfs)
+    found = Path(image_rootfs).stat()
     folder.upper.chmod(found.st_mode & 0o7777)
     os.chown(folder.upper, found.st_uid, found.st_gid)
     layers = f"lowerdir={_quote(image_rootfs)},upperdir={_quote(folder.upper)},workdir={_quote(folder.work)}"

@@ -51,7 +51,7 @@ def open_beneath(folder: Path, relative: str, *, make: bool = False) -> int:
                 except FileExistsError:
                     pass
                 else:
-                    os.chmod(part, 0o777, dir_fd=fd, follow_symlinks=True)
+                    os.chmod(part, 0o777, dir_fd=fd, follow_symlinks=True)  # noqa: S103 - a volume's, for any user
             below = os.open(part, flags, dir_fd=fd)
             os.close(fd)
             fd = below

@@ -17,7 +17,7 @@ from sandkeeper.shim.engines.oci.images.types import ImageConfig
 from sandkeeper.shim.engines.oci.options import Options
 from sandkeeper.shim.engines.oci.rootfs import User
 from sandkeeper.shim.engines.oci.seccomp import Seccomp
-from sandkeeper.shim.engines.oci.spec import Surroundings, build
+from sandkeeper.shim.engines.oci.spec import Surroundings, build, capabilities
 from sandkeeper.wire import node_pb2
 
 _PROBES = 2
@@ -98,6 +98,10 @@ def _run_container(program: str, options: Options, cgroups: Cgroups, seccomp: Se
             took = time.monotonic() - began
             if result.status != 0:
                 raise EngineError("NodeUnsupported", result.words or f"exit status {result.status}")
+            # Created once more, not started: what a runtime leaves of its seccomp filter spares it work later.
+            if not seccomp.annotations(capabilities(container)):
+                tools.run([*runtime, "create", "--bundle", str(folder), name], _PROBE_SECONDS, quiet=True)
+                seccomp.learn(capabilities(container), folder / "runtime" / name)
             return took
         finally:
             tools.run([*runtime, "delete", "--force", name], _PROBE_SECONDS)

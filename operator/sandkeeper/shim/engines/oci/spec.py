@@ -176,15 +176,21 @@ def identity(container: node_pb2.ContainerConfig, from_image: User, known_gid: i
 
 
 def resources(container: node_pb2.ContainerConfig, options: Options, swap_accounting: bool) -> dict[str, Any]:
-    """cgroup limits: always all three, from the container, else the node's default."""
+    """cgroup limits from the container, else the node's default: always memory and pids, and CPU unless
+    the node's default is 0."""
     asked = container.resources
-    cpu = asked.cpu_millis or options.default_cpu_millis
+    cpu_millis = asked.cpu_millis or options.default_cpu_millis
     memory = asked.memory_bytes or options.default_memory_bytes
     limits: dict[str, Any] = {"limit": memory}
     if swap_accounting:
         limits["swap"] = memory  # memory and swap together: no swap
+    cpu = {
+        "shares": max(2, cpu_millis * 1024 // 1000),
+        "quota": max(1000, cpu_millis * 100),
+        "period": 100_000,
+    }
     return {
-        "cpu": {"shares": max(2, cpu * 1024 // 1000), "quota": max(1000, cpu * 100), "period": 100_000},
+        "cpu": cpu if cpu_millis else {},
         "memory": limits,
         "pids": {"limit": asked.pids or options.default_pids},
         "devices": [{"allow": False, "access": "rwm"}],
@@ -224,6 +230,7 @@ def build(
     seccomp: Seccomp,
 ) -> dict[str, Any]:
     """The whole configuration. Raises EngineError `InvalidConfig`, naming the field at fault."""
+    caps = capabilities(container, options.allowed_capabilities)
     namespaces: list[dict[str, str]] = [{"type": "pid"}, {"type": "mount"}]
     if around.cgroup_v2:
         namespaces.append({"type": "cgroup"})
@@ -242,10 +249,11 @@ def build(
             "namespaces": namespaces,
             "cgroupsPath": around.cgroups_path,
             "resources": resources(container, options, around.swap_accounting),
-            "seccomp": seccomp.resolve(capabilities(container, options.allowed_capabilities)),
+            "seccomp": seccomp.resolve(caps),
             "maskedPaths": list(MASKED_PATHS),
             "readonlyPaths": list(READONLY_PATHS),
         },
+        "annotations": seccomp.annotations(caps),
     }
 
 

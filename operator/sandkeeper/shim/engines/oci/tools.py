@@ -22,14 +22,18 @@ class Result:
         return clean(self.output)
 
 
-def run(argv: list[str], seconds: float) -> Result:
-    """Standard output and error together. Raises OSError where the program cannot be run."""
+def run(argv: list[str], seconds: float, *, quiet: bool = False) -> Result:
+    """Standard output and error together. Raises OSError where the program cannot be run.
+
+    quiet: no output; for a program that leaves a process behind, which would keep it open.
+    """
+    output = subprocess.DEVNULL if quiet else subprocess.PIPE
     try:
         done = subprocess.run(
             argv,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stdout=output,
+            stderr=subprocess.DEVNULL if quiet else subprocess.STDOUT,
             timeout=seconds,
             cwd="/",
             env=ENVIRONMENT,
@@ -38,7 +42,7 @@ def run(argv: list[str], seconds: float) -> Result:
         )
     except subprocess.TimeoutExpired:
         return Result(124, f"{Path(argv[0]).name} did not end within {seconds:g} s")
-    return Result(done.returncode, done.stdout.decode(errors="replace"))
+    return Result(done.returncode, (done.stdout or b"").decode(errors="replace"))
 
 
 def clean(text: str, limit: int = 500) -> str:
