@@ -1,0 +1,148 @@
+"""The grammar of failpoints, and what each action does to a call."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+
+from sandkeeper.shim.engines.base import EngineError
+from sandkeeper.shim.engines.failpoints import Failpoints, Term, parse
+
+METHODS = ("start", "kill")
+OFF = Term(None, "off", "")
+
+
+class Effects:
+    """Counts how often the effect of a method happened."""
+
+    def __init__(self, text: str) -> None:
+        self.failpoints = Failpoints({"start": text}, METHODS)
+        self.count = 0
+
+    async def call(self) -> None:
+        async with self.failpoints.at("start"):
+            self.count += 1
+
+
+@pytest.mark.parametrize(
+    ("text", "terms"),
+    [
+        ("off", [OFF]),
+        ("error(boom)", [Term(None, "error", "boom")]),
+        ("1*error(boom)->2*delay(0.5)->off", [Term(1, "error", "boom"), Term(2, "delay", "0.5"), OFF]),
+        ("1*error(a->b: c)->1*hang", [Term(1, "error", "a->b: c"), Term(1, "hang", "")]),
+        ("12*lose", [Term(12, "lose", "")]),
+        ("panic(after)", [Term(None, "panic", "after")]),
+    ],
+)
+def test_terms(text: str, terms: list[Term]) -> None:
+    assert parse("start", text) == terms
+
+
+@pytest.mark.parametrize(
+    ("text", "term"),
+    [
+        ("", "''"),
+        ("explode", "'explode'"),
+        ("1*off->explode(x)", "'explode(x)'"),
+        ("0*off", "'0*off'"),
+        ("-1*off", "'-1*off'"),
+        ("x*off", "'x*off'"),
+        ("error(boom", "'error(boom'"),
+        ("1*off,1*hang", "'1*off,1*hang'"),
+        ("1*off->", "''"),
+        ("delay", "'delay'"),
+        ("delay(soon)", "'delay(soon)'"),
+        ("delay(-1)", "'delay(-1)'"),
+        ("delay(inf)", "'delay(inf)'"),
+        ("off(1)", "'off(1)'"),
+        ("panic(later)", "'panic(later)'"),
+        ("hang->off", "'hang'"),
+    ],
+)
+def test_wrong_terms_are_refused_by_method_and_term(text: str, term: str) -> None:
+    with pytest.raises(ValueError, match=r"failpoints\.start: term") as refused:
+        Failpoints({"start": text}, METHODS)
+    assert f"term {term}:" in str(refused.value)
+
+
+def test_a_method_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"failpoints\.begin: must be one of kill, start"):
+        Failpoints({"begin": "off"}, METHODS)
+
+
+async def test_counts_are_used_up_in_order_and_then_it_works() -> None:
+    effects = Effects("1*off->2*error(boom)")
+    await effects.call()
+    for _ in range(2):
+        with pytest.raises(EngineError) as failed:
+            await effects.call()
+        assert (failed.value.reason, failed.value.message, failed.value.retryable) == (
+            "Failpoint", "boom", True,
+        )  # fmt: skip
+    await effects.call()
+    assert effects.count == 2
+
+
+async def test_without_a_count_it_never_ends() -> None:
+    effects = Effects("error")
+    for _ in range(100):
+        with pytest.raises(EngineError, match="start: error"):
+            await effects.call()
+    assert effects.count == 0
+
+
+async def test_other_methods_work() -> None:
+    async with Failpoints({"start": "error"}, METHODS).at("kill"):
+        pass
+
+
+async def test_lose_fails_after_the_effect() -> None:
+    effects = Effects("1*lose(gone)")
+    with pytest.raises(EngineError, match="gone"):
+        await effects.call()
+    assert effects.count == 1
+
+
+async def test_an_effect_that_failed_by_itself_keeps_its_own_error() -> None:
+    with pytest.raises(KeyError):
+        async with Failpoints({"start": "lose"}, METHODS).at("start"):
+            raise KeyError("its own")
+
+
+async def test_delay_waits_first() -> None:
+    effects = Effects("1*delay(0.05)")
+    before = asyncio.get_running_loop().time()
+    await effects.call()
+    assert asyncio.get_running_loop().time() - before >= 0.05
+    assert effects.count == 1
+
+
+async def test_hang_ends_only_when_cancelled() -> None:
+    effects = Effects("1*hang")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await effects.call()
+    assert effects.count == 0
+    await effects.call()
+    assert effects.count == 1
+
+
+@pytest.mark.parametrize(("text", "said"), [("panic", b""), ("panic(after)", b"effect\n")])
+def test_panic_ends_the_process_as_kill_9_does(text: str, said: bytes) -> None:
+    program = f"""
+import asyncio, atexit
+from sandkeeper.shim.engines.failpoints import Failpoints
+atexit.register(print, "cleaned up", flush=True)
+async def call():
+    async with Failpoints({{"start": {text!r}}}, ["start"]).at("start"):
+        print("effect", flush=True)
+asyncio.run(call())
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], check=False, stdout=subprocess.PIPE, timeout=30, close_fds=True
+    )
+    assert (ended.returncode, ended.stdout) == (137, said)
