@@ -43,7 +43,7 @@ class Floor:
         began = time.perf_counter()
         subprocess.run(
             [
-                *self._prefix, self._conmon, "--full-attach", "--socket-dir-path", str(self._folder / "sock"),
+                *self._prefix, self._conmon, "--api-version", "1", "--full-attach", "--socket-dir-path", str(self._folder / "sock"),
                 "-c", name, "-u", name, "-n", name, "-r", self._runtime, "-b", str(self._bundle),
                 "--exit-dir", str(self._folder / "exits"), "--persist-dir", str(self._folder / "persist"),
                 "-p", str(self._folder / f"{name}.pid"), "-l", f"k8s-file:{self._folder / name}.log",

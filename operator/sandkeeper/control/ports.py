@@ -103,6 +103,9 @@ class StorePort(Protocol):
     def items(self) -> Iterable[Raw]:
         """All of them."""
 
+    def remove(self, key: Key) -> bool:
+        """Drops an object that is known to be gone before the watch says so; returns whether it was there."""
+
 
 class RecorderPort(Protocol):
     """Events (events.k8s.io/v1), aggregated and posted in the background: `event` returns at once, raises

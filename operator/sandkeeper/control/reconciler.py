@@ -187,7 +187,10 @@ class Reconciler:
                 return ""
             case Release():
                 now.raw = await act.release(self._kube, self._metrics, now.raw)
-                self._drop(now.key)
+                if not now.raw["metadata"].get("finalizers"):
+                    # Ours was the last: it is gone, and must not be worked on again until the watch says so.
+                    self._store.remove(now.key)
+                self._forget(now.key)
                 return ""
             case Delete():
                 await act.delete(self._kube, self._metrics, now.raw)

@@ -156,6 +156,9 @@ def container_exits(container: node_pb2.ContainerRecord, ended: node_pb2.Exit) -
     kept.CopyFrom(ended)  # `ended` may be the container's own
     container.state, container.pid = node_pb2.CONTAINER_STATE_EXITED, 0
     container.reason = container.message = ""
+    if kept.exited_at.ToNanoseconds() < container.started_at.ToNanoseconds():
+        # A file's time, which the kernel rounds down to its tick.
+        kept.exited_at.CopyFrom(container.started_at)
     container.exit.CopyFrom(kept)
 
 

@@ -196,6 +196,7 @@ class FakeStore:
     def __init__(self, kube: FakeKube) -> None:
         self.kube = kube
         self.frozen: dict[tuple[str, str], Raw] | None = None
+        self.removed: set[Key] = set()
 
     def freeze(self) -> None:
         self.frozen = copy.deepcopy(self.kube.objects)
@@ -203,7 +204,13 @@ class FakeStore:
     def thaw(self) -> None:
         self.frozen = None
 
+    def remove(self, key: Key) -> bool:
+        self.removed.add(key)
+        return True
+
     def get(self, key: Key) -> Raw | None:
+        if key in self.removed:
+            return None
         objects = self.kube.objects if self.frozen is None else self.frozen
         raw = objects.get((key.namespace, key.name))
         return copy.deepcopy(raw) if raw is not None and raw["metadata"]["uid"] == key.uid else None

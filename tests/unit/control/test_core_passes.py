@@ -98,6 +98,17 @@ async def test_delete_shuts_down_then_releases(world: World) -> None:
     assert world.kube.writes == ["metadata", "status", "metadata"]
 
 
+async def test_a_released_object_is_not_worked_on_again(world: World) -> None:
+    key = await running(world)
+    world.kube.mark_deleted(key)
+    world.store.freeze()  # the watch does not say yet that it is gone
+    await world.settle(key)
+    assert not world.kube.exists(key)
+    before = world.effects()
+    assert await world.reconciler.reconcile(key) is None
+    assert world.effects() == before
+
+
 async def test_delete_before_anything_was_done(world: World) -> None:
     key = world.kube.create()
     world.kube.mark_deleted(key)
