@@ -65,7 +65,7 @@ class Cgroups:
 
     def path(self, sandbox_id: str, container: str = "") -> str:
         """As the OCI spec's `linux.cgroupsPath` has it."""
-        return "/".join(filter(None, ("", self.parent, sandbox_id, container)))
+        return "/" + "/".join(filter(None, (self.parent, sandbox_id, container)))
 
     @property
     def has_swap_accounting(self) -> bool:
