@@ -80,7 +80,7 @@ async def test_failpoints_that_cannot_be_read_are_refused(tmp_path: Path) -> Non
     settings = ShimSettings(
         node_name="n", state_dir=tmp_path, simulated=SimulatedSettings(failpoints={"begin": "off"})
     )
-    with pytest.raises(ValueError, match=r"failpoints\.begin"):
+    with pytest.raises(EngineError, match=r"simulated\.failpoints\.begin"):
         SimulatedEngine(settings)
 
 

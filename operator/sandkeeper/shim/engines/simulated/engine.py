@@ -57,9 +57,12 @@ class SimulatedEngine(Engine):
     name: ClassVar[str] = "simulated"
 
     def __init__(self, settings: ShimSettings) -> None:
-        """Raises ValueError naming the failpoint that cannot be read."""
+        """Raises EngineError naming the failpoint that cannot be read."""
         self._settings = settings.simulated
-        self._failpoints = Failpoints(settings.simulated.failpoints, METHODS)
+        try:
+            self._failpoints = Failpoints(settings.simulated.failpoints, METHODS)
+        except ValueError as error:
+            raise EngineError("InvalidConfig", f"simulated.{error}") from None
         self._store = state.Store(settings.state_dir)
         self._sandboxes: dict[str, Sandbox] = {}
         self._images: set[str] = set()
