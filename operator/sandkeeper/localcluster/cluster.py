@@ -5,6 +5,7 @@ Everything that `up` decided is in the folder's cluster.json, so `down`, `status
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -207,6 +208,7 @@ class LocalCluster:
         }
         if plan.engine == "oci":
             env["OCI__IMAGE_LAYOUTS"] = json.dumps([str(self._image_layout())])
+            env["OCI__CGROUP_PARENT"] = self._cgroup_parent(index)
         for folder in (node / "state", node / "run"):
             folder.mkdir(parents=True, exist_ok=True)
         self._spawn(name, "shim", "SANDKEEPER_SHIM_", {**env, **plan.shim_env})
@@ -297,6 +299,12 @@ class LocalCluster:
         ca.client(OPERATOR_IDENTITY, hosts=(OPERATOR_IDENTITY,), file="tls")
         for name in self.nodes:
             ca.server(name, (name, "127.0.0.1", "localhost"))
+
+    def _cgroup_parent(self, index: int) -> str:
+        """One per node and cluster: a shim removes, at its start, every sandbox below its parent that it has no
+        record of, and other nodes' sandboxes are on this machine as well."""
+        cluster = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:10]
+        return f"sandkeeper-{cluster}-{index + 1}"
 
     def _image_layout(self) -> Path:
         layout = self.folder / "images"
