@@ -155,13 +155,14 @@ class Containers:
         starting = folder.path / "starting"
         if starting.exists():
             # A shim was killed between starting and recording: its process cannot be in use.
-            for lost in pause.find(sandbox_id):
+            for lost in pause.find(self._options.root_dir, sandbox_id):
                 lost.send(signal.SIGKILL)
         starting.touch()
         ref = self._threads.apart(
             lambda: pause.start(
                 shutil.which(self._options.catatonit, path=tools.ENVIRONMENT["PATH"])
                 or self._options.catatonit,
+                self._options.root_dir,
                 sandbox_id,
                 sandbox_hostname(sandbox_id, config),
                 own_network=config.network != node_pb2.NETWORK_HOST,
@@ -317,7 +318,7 @@ class Containers:
         recorded = self.process(folder)
         found = [recorded] if recorded is not None and recorded.pid else []
         if recorded is None and (folder.path / "starting").exists():
-            found = pause.find(folder.sandbox_id)
+            found = pause.find(self._options.root_dir, folder.sandbox_id)
         for ref in found:
             if ref.alive():
                 write_json(folder.killed, {"signal": signal.SIGKILL})

@@ -22,11 +22,12 @@ from sandkeeper.shim.engines.oci.processes import ProcessRef
 
 _NOBODY = 65534
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
-_MARK = "SANDKEEPER_SANDBOX"
+# In its environment: which sandbox, of the engine with which folder.
+_MARK, _ROOT = "SANDKEEPER_SANDBOX", "SANDKEEPER_ROOT"
 NAMESPACES = {"network": "net", "ipc": "ipc", "uts": "uts"}
 
 
-def start(catatonit: str, sandbox_id: str, hostname: str, *, own_network: bool) -> ProcessRef:
+def start(catatonit: str, root_dir: Path, sandbox_id: str, hostname: str, *, own_network: bool) -> ProcessRef:
     """Starts it from a thread that must end after this. Raises EngineError `StartError`."""
     try:
         kernel.unshare(
@@ -42,7 +43,7 @@ def start(catatonit: str, sandbox_id: str, hostname: str, *, own_network: bool) 
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
-            env={_MARK: sandbox_id},
+            env={_MARK: sandbox_id, _ROOT: os.fspath(root_dir)},
             close_fds=True,
             start_new_session=True,
         )
@@ -63,14 +64,14 @@ def _loopback_up() -> None:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", flags | _IFF_UP))
 
 
-def find(sandbox_id: str) -> list[ProcessRef]:
+def find(root_dir: Path, sandbox_id: str) -> list[ProcessRef]:
     """Sandbox processes of a sandbox, by their environment: for one that a killed shim has not recorded."""
-    wanted = f"{_MARK}={sandbox_id}".encode()
+    wanted = {f"{_MARK}={sandbox_id}".encode(), f"{_ROOT}={root_dir}".encode()}
     found = []
     for name in os.listdir("/proc"):  # noqa: PTH208 - thousands of names, no paths needed
         if name.isdigit():
             with contextlib.suppress(OSError):
-                if wanted in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+                if wanted.issubset(Path(f"/proc/{name}/environ").read_bytes().split(b"\0")):
                     ref = ProcessRef.of(int(name))
                     if ref is not None:
                         found.append(ref)

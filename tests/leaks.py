@@ -1,0 +1,134 @@
+"""What sandboxes may leave behind: processes, mounts, cgroups, network namespaces, folders.
+
+Everything is found from outside, by the kernel's own lists, never by what the shim says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_MONITORS = "monitors"
+_OURS = frozenset(("conmon", "catatonit", "crun", "runc", "runsc"))
+
+
+@dataclass(frozen=True, slots=True)
+class Leaks:
+    """Finds what belongs to the shims below `root`, whose cgroup is `cgroup_parent`.
+
+    root: the folder that holds their state and run directories.
+    ignore: pids that may live, such as a shim's; this process always may.
+    """
+
+    root: Path
+    cgroup_parent: str
+    ignore: Collection[int] = field(default=())
+
+    def found(self) -> list[str]:
+        """One line for each thing left, empty where nothing is."""
+        return [*self._processes(), *self._mounts(), *self._cgroups(), *self._folders()]
+
+    def assert_none(self, seconds: float = 10.0) -> None:
+        """Passes as soon as nothing is left. Raises AssertionError with the list after `seconds`."""
+        deadline = time.monotonic() + seconds
+        while left := self.found():
+            if time.monotonic() > deadline:
+                raise AssertionError("left behind:\n  " + "\n  ".join(left))
+            time.sleep(0.02)
+
+    # -- what is looked at
+
+    def _may_live(self, pid: int) -> bool:
+        return pid == os.getpid() or pid in self.ignore
+
+    def _processes(self) -> Iterator[str]:
+        """Those that name the folder in their command or environment, or are in the cgroup; and our
+        own children that nobody has waited for. A zombie of another parent is that parent's."""
+        folder, cgroup = os.fsencode(self.root), f":/{self.cgroup_parent}/"
+        for pid in _pids():
+            if self._may_live(pid):
+                continue
+            with contextlib.suppress(OSError, IndexError):
+                name, state, parent = _stat(pid)
+                if state in "ZX":
+                    if parent == os.getpid() and name in _OURS:
+                        yield f"zombie {pid} ({name})"
+                    continue
+                words = Path(f"/proc/{pid}/cmdline").read_bytes()
+                belongs = (
+                    folder in words
+                    or folder in Path(f"/proc/{pid}/environ").read_bytes()
+                    or any(cgroup in line for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines())
+                )
+                if belongs:
+                    yield f"process {pid}: {words.replace(bytes(1), b' ').decode(errors='replace')[:120]}"
+
+    def _mounts(self) -> Iterator[str]:
+        """In every mount namespace that any thread of this machine is in."""
+        prefix = f"{self.root}/"
+        for owner, text in _mount_tables():
+            for line in text.splitlines():
+                left, _, right = line.partition(" - ")
+                target = left.split()[4]
+                if target.startswith(prefix):
+                    yield f"mount {target} ({right.split()[0]}, as {owner} sees it)"
+
+    def _cgroups(self) -> Iterator[str]:
+        for point in _cgroup_points():
+            with contextlib.suppress(OSError):
+                for each in (point / self.cgroup_parent).iterdir():
+                    if each.is_dir() and each.name != _MONITORS:
+                        yield f"cgroup {each}"
+
+    def _folders(self) -> Iterator[str]:
+        """A sandbox's folder is in one named `sandboxes`, the engine's and the records' alike."""
+        for pattern in ("sandboxes", "*/sandboxes", "*/*/sandboxes", "*/*/*/sandboxes"):
+            for folder in self.root.glob(pattern):
+                with contextlib.suppress(OSError):
+                    for each in folder.iterdir():
+                        yield f"folder {each}"
+
+
+def network_namespaces() -> frozenset[int]:
+    """Inodes of the network namespaces that any process of this machine is in."""
+    found: set[int] = set()
+    for pid in _pids():
+        with contextlib.suppress(OSError):
+            found.add(Path(f"/proc/{pid}/ns/net").stat().st_ino)
+    return frozenset(found)
+
+
+def _pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208
+
+
+def _stat(pid: int) -> tuple[str, str, int]:
+    """Name, state letter and parent (proc(5), /proc/pid/stat)."""
+    head, _, rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+    fields = rest.split()
+    return head.partition("(")[2], fields[0], int(fields[1])
+
+
+def _mount_tables() -> Iterator[tuple[str, str]]:
+    """Once per mount namespace: who is in it, and what is mounted there."""
+    seen: set[int] = set()
+    for pid in _pids():
+        with contextlib.suppress(OSError):
+            for thread in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208
+                inode = Path(f"/proc/{pid}/task/{thread}/ns/mnt").stat().st_ino
+                if inode not in seen:
+                    seen.add(inode)
+                    yield f"thread {thread}", Path(f"/proc/{pid}/task/{thread}/mountinfo").read_text()
+
+
+def _cgroup_points() -> list[Path]:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [
+        Path(line.split()[4])
+        for line in lines
+        if line.partition(" - ")[2].split()[0] in ("cgroup", "cgroup2")
+    ]
