@@ -21,7 +21,7 @@ from kubernetes.aio import config as kube_config
 
 from sandkeeper.api import GROUP, SANDBOX_NODES, SANDBOXES, VERSION
 from sandkeeper.wire.client import ShimClient
-from sandkeeper.wire.errors import ShimError
+from sandkeeper.wire.errors import NotFound, ShimError
 from sandkeeper.wire.ids import OwnerKey
 from sandkeeper.wire.tls import ClientTLS, TLSFiles
 
@@ -112,11 +112,14 @@ def _finish(run: Coroutine[Any, Any, int]) -> None:
         status = asyncio.run(run)
     except BrokenPipeError:  # `| head`
         os._exit(141)  # as one that SIGPIPE ended; nothing may be flushed to the pipe now
+    except NotFound as error:
+        raise click.ClickException(
+            f"the node no longer has it ({error.message}): an ended sandbox is kept there for as long as the"
+            " operator's setting `retention` says"
+        ) from error
     except (ShimError, OSError, config.ConfigException) as error:
         raise click.ClickException(str(error)) from error
-    sys.stdout.flush()
-    # The thread that may still read standard input would hold a regular end up until the next key.
-    os._exit(status)
+    sys.exit(status)
 
 
 # The way to the shim
@@ -178,8 +181,26 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 async def _stdin() -> AsyncIterator[bytes]:
-    while data := await asyncio.to_thread(os.read, sys.stdin.fileno(), _CHUNK):
+    """Standard input to its end. Not by a thread: one that waits for a key would hold up the end."""
+    descriptor = sys.stdin.fileno()
+    while True:
+        with contextlib.suppress(
+            PermissionError
+        ):  # a file or /dev/null, which cannot be polled: always ready
+            await _readable(descriptor)
+        if not (data := os.read(descriptor, _CHUNK)):
+            return
         yield data
+
+
+async def _readable(descriptor: int) -> None:
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(descriptor, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(descriptor)
 
 
 def _size() -> tuple[int, int]:

@@ -24,6 +24,7 @@ from sandkeeper.localcluster.apiserver import ApiServer, Kubectl, NotReady, Say,
 from sandkeeper.localcluster.ocilayout import busybox_image, write_layout
 from sandkeeper.localcluster.processes import Processes
 from sandkeeper.localcluster.shims import ShimCalls
+from sandkeeper.shim.engines.oci.cgroups import Cgroups
 from sandkeeper.wire.errors import ShimError
 from sandkeeper.wire.tls import OPERATOR_IDENTITY, TLSFiles
 
@@ -120,8 +121,9 @@ class LocalCluster:
                 self._empty_node(index)
                 self.processes.stop(name)
         finally:
-            for name in self.nodes:
+            for index, name in enumerate(self.nodes):
                 self.processes.stop(name)
+                self._remove_cgroups(index)
             self.api.stop()
         if delete:
             shutil.rmtree(self.folder)
@@ -305,6 +307,18 @@ class LocalCluster:
         record of, and other nodes' sandboxes are on this machine as well."""
         cluster = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:10]
         return f"sandkeeper-{cluster}-{index + 1}"
+
+    def _remove_cgroups(self, index: int) -> None:
+        """The node's cgroups, empty ones only. A shim cannot do so while its last monitors still end."""
+        if self.plan.engine != "oci":
+            return
+        parent, deadline = self._cgroup_parent(index), time.monotonic() + 2
+        cgroups = Cgroups(parent)
+        while any((each.point / parent).exists() for each in cgroups.hierarchies):
+            cgroups.close()
+            if time.monotonic() > deadline:
+                return  # something is in them: what down was called for has failed, and says so itself
+            time.sleep(_POLL)
 
     def _image_layout(self) -> Path:
         layout = self.folder / "images"

@@ -6,7 +6,9 @@ All on a real API server, operator and shim. Every statement is checked: DemoFai
 from __future__ import annotations
 
 import asyncio
+import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,8 +52,7 @@ def run(directory: Path, *, keep: bool, engine: Engine, say: Say) -> None:
         if not keep:
             cluster.down()
     if keep:
-        say(f"==> It is kept\n\n    export KUBECONFIG={cluster.kubeconfig}\n    kubectl get sbx")
-        say(f"    sandkeeper local down --dir {directory}")
+        say(_how_to_go_on(cluster))
     else:
         say("==> All of it is down again")
 
@@ -88,6 +89,26 @@ async def _end(watcher: Watcher, say: Say, sandbox: Body, expected: dict[str, An
             f"{body['metadata']['name']}: expected Ready=False and {expected}; found"
             f" Ready={condition(body, 'Ready')} and {found}"
         )
+
+
+def _how_to_go_on(cluster: LocalCluster) -> str:
+    kubectl = shutil.which("kubectl") or cluster.api.tools["kubectl"].path
+    tls = {"CA": cluster.tls.ca, "CERT": cluster.tls.cert, "KEY": cluster.tls.key}
+    lines = (
+        f"export KUBECONFIG={cluster.kubeconfig}",
+        f"{kubectl} get sbx",
+        "export " + " ".join(f"SANDKEEPER_TLS_{name}={path}" for name, path in tls.items()),
+        f"{_program('kubectl-sandbox')} exec -it sleeper -- sh",
+        f"{_program('sandkeeper')} local down --dir {cluster.folder}",
+    )
+    return "==> It is kept. Look around, and then take it down:\n\n" + "\n".join(
+        f"    {line}" for line in lines
+    )
+
+
+def _program(name: str) -> str:
+    """As it can be called from here: in PATH, or beside this Python."""
+    return shutil.which(name) or str(Path(sys.executable).with_name(name))
 
 
 def table(ways: Sequence[Marks]) -> str:
