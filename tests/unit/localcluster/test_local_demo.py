@@ -24,7 +24,7 @@ class Ended:
 
 async def end(ended: Ended) -> list[str]:
     said: list[str] = []
-    await _end(cast(Watcher, ended), said.append, manifest("exit3"), EXPECTED)
+    await _end(cast("Watcher", ended), said.append, manifest("exit3"), EXPECTED)
     return said
 
 
