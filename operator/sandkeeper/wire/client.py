@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from datetime import datetime
 from typing import Any, Literal, Self, TypeVar
 
@@ -72,20 +72,22 @@ def open_channel(address: str, *, tls: ClientTLS | None = None, server_name: str
     return grpc.aio.secure_channel(address, tls.credentials(), options=options)
 
 
-@contextlib.contextmanager
-def _mapped() -> Iterator[None]:
+def _now(coroutine: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that has nothing to wait for."""
     try:
-        yield
-    except grpc.aio.AioRpcError as error:
-        raise from_rpc_error(error) from error
-    except grpc.aio.UsageError as error:
-        raise Unavailable(f"the channel is closed: {error}") from error
+        coroutine.send(None)
+    except StopIteration as result:
+        value: T = result.value
+        return value
+    coroutine.close()
+    raise RuntimeError("the coroutine would wait")
 
 
 class ShimClient:
     """Calls one shim, or any server of containerd's sandbox Controller. Use as a context, or `close` it.
 
-    Every method raises a ShimError (sandkeeper.wire.errors). Times are seconds.
+    Every method raises a ShimError (sandkeeper.wire.errors). Times are seconds. Where the TLS files are replaced,
+    the next connection is made with the new ones.
     """
 
     def __init__(
@@ -101,10 +103,10 @@ class ShimClient:
         self.address = address
         self._sandboxer = sandboxer
         self._metadata = metadata
-        self._channel = open_channel(address, tls=tls, server_name=server_name)
-        # The generated async stubs' types differ from the classes that serve at run time.
-        self._controller: Any = controller_pb2_grpc.ControllerStub(self._channel)
-        self._node: Any = node_pb2_grpc.NodeStub(self._channel)
+        self._tls, self._server_name = tls, server_name
+        self._closed = False
+        self._channels: builtins.list[grpc.aio.Channel] = []
+        self._connect()
 
     async def __aenter__(self) -> Self:
         return self
@@ -114,7 +116,9 @@ class ShimClient:
 
     async def close(self) -> None:
         """Ends the channel and every call on it."""
-        await self._channel.close(None)
+        self._closed = True
+        for channel in self._channels:
+            await channel.close(None)
 
     # containerd.services.sandbox.v1.Controller
 
@@ -216,8 +220,8 @@ class ShimClient:
     async def watch(self, epoch: str, after: int) -> AsyncIterator[node_pb2.WatchResponse]:
         """Changes after (epoch, sequence), without end. OutOfRange: List again."""
         request = node_pb2.WatchRequest(epoch=epoch, after_sequence=after)
-        with _mapped():
-            async for change in self._node.Watch(request, metadata=self._metadata):
+        with self._stream(self._node.Watch, request, self._metadata) as changes:
+            async for change in changes:
                 yield change
 
     async def pause(self, owner: OwnerKey, /, *, timeout: float = CHANGE_DEADLINE) -> None:
@@ -247,8 +251,8 @@ class ShimClient:
             tail_lines=tail_lines,
             timestamps=timestamps,
         )
-        with _mapped():
-            async for piece in self._node.Logs(request, metadata=self._with(owner)):
+        with self._stream(self._node.Logs, request, self._with(owner)) as pieces:
+            async for piece in pieces:
                 yield piece.data
 
     async def exec(
@@ -302,8 +306,8 @@ class ShimClient:
 
         feeders = [asyncio.create_task(feed_stdin()), asyncio.create_task(feed_sizes())]
         try:
-            with _mapped():
-                async for response in self._node.Exec(sent(), metadata=self._with(owner)):
+            with self._stream(self._node.Exec, sent(), self._with(owner)) as responses:
+                async for response in responses:
                     match response.WhichOneof("output"):
                         case "stdout":
                             yield "stdout", response.stdout
@@ -323,11 +327,67 @@ class ShimClient:
 
     # How calls are made
 
+    def _connect(self) -> None:
+        stamp = self._tls.files.stamp() if self._tls else ()
+        channel = open_channel(self.address, tls=self._tls, server_name=self._server_name)
+        self._stamp = stamp
+        self._channels.append(channel)
+        # The generated async stubs' types differ from the classes that serve at run time.
+        self._controller: Any = controller_pb2_grpc.ControllerStub(channel)
+        self._node: Any = node_pb2_grpc.NodeStub(channel)
+
+    def _renew(self) -> None:
+        """A new channel where the TLS files are others than the channel's, which keeps what it was made with.
+
+        The old one stays for the calls that still run on it: closing it would cancel them.
+        """
+        with contextlib.suppress(OSError):  # in mid-replacement: the next failure looks again
+            if self._tls is not None and not self._closed and self._tls.files.stamp() != self._stamp:
+                self._connect()
+
+    @contextlib.contextmanager
+    def _mapped(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            mapped = from_rpc_error(error)
+            if mapped.ambiguous:
+                self._renew()
+            raise mapped from error
+        except grpc.aio.UsageError as error:
+            raise Unavailable(f"the channel is closed: {error}") from error
+        except asyncio.CancelledError as error:
+            # A closed channel cancels its calls, which is no wish to cancel the task that waits for one.
+            task = asyncio.current_task()
+            if not self._closed or task is None or task.cancelling():
+                raise
+            raise Unavailable("the channel was closed during the call") from error
+
+    @contextlib.contextmanager
+    def _stream(
+        self, method: Any, request: Any, metadata: tuple[tuple[str, str], ...]
+    ) -> Iterator[AsyncIterator[Any]]:
+        with self._mapped():
+            call = method(request, metadata=metadata)
+            statuses: builtins.list[tuple[grpc.StatusCode, str]] = []
+            call.add_done_callback(lambda call: statuses.append((_now(call.code()), _now(call.details()))))
+            try:
+                yield call
+            except grpc.aio.AioRpcError as error:
+                # A request that is written as the server ends the call fails, and grpc puts INTERNAL over the
+                # status that it already has (grpc issue 36066). The first one is the server's.
+                code, details = statuses[0] if statuses else (error.code(), error.details())
+                if code is not grpc.StatusCode.OK:
+                    none = grpc.aio.Metadata()
+                    raise grpc.aio.AioRpcError(code, none, none, details, None) from error
+            finally:
+                call.cancel()  # or the server goes on for a reader that has left
+
     def _with(self, owner: OwnerKey) -> tuple[tuple[str, str], ...]:
         return (*self._metadata, *owner.metadata())
 
     async def _change(self, method: Any, request: Any, owner: OwnerKey, timeout: float) -> Any:
-        with _mapped():
+        with self._mapped():
             return await method(request, timeout=timeout, metadata=self._with(owner))
 
     async def _read(self, call: Callable[[], Awaitable[T]], *, attempts: int | None = READ_ATTEMPTS) -> T:
@@ -335,11 +395,11 @@ class ShimClient:
         backoff, made = FIRST_BACKOFF, 0
         while True:
             try:
-                with _mapped():
+                with self._mapped():
                     return await call()
             except Unavailable:
                 made += 1
-                if attempts is not None and made >= attempts:
+                if self._closed or (attempts is not None and made >= attempts):
                     raise
             await asyncio.sleep(backoff)
             backoff = min(backoff * 2, MAX_BACKOFF)

@@ -13,6 +13,8 @@ OWNER_INSTANCE = "sandkeeper-instance"
 
 _ID = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
 _MAX_ID = 76
+_INSTANCE = re.compile(r"[1-9][0-9]{0,9}")
+_MAX_INSTANCE = 2**32 - 1  # Owner.instance is a uint32
 
 
 def valid_id(text: str) -> bool:
@@ -54,17 +56,18 @@ class OwnerKey:
         """
         if OWNER_UID not in metadata and OWNER_INSTANCE not in metadata:
             return None
-        try:
-            return cls(
-                namespace=metadata.get(OWNER_NAMESPACE, ""),
-                name=metadata.get(OWNER_NAME, ""),
-                uid=metadata[OWNER_UID],
-                instance=int(metadata[OWNER_INSTANCE]),
-            )
-        except (KeyError, ValueError) as error:
+        uid, instance = metadata.get(OWNER_UID, ""), metadata.get(OWNER_INSTANCE, "")
+        # int() alone would take "-1", "1_0" and digits of other scripts.
+        if not uid or _INSTANCE.fullmatch(instance) is None or int(instance) > _MAX_INSTANCE:
             raise ValueError(
-                f"metadata `{OWNER_UID}` and `{OWNER_INSTANCE}` must both be set, the second to a number"
-            ) from error
+                f"metadata `{OWNER_UID}` and `{OWNER_INSTANCE}` must both be set, the second to a number from 1"
+            )
+        return cls(
+            namespace=metadata.get(OWNER_NAMESPACE, ""),
+            name=metadata.get(OWNER_NAME, ""),
+            uid=uid,
+            instance=int(instance),
+        )
 
 
 _NODE_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")

@@ -29,6 +29,11 @@ class TLSFiles:
         """(ca, certificate, key). Raises OSError naming the file that cannot be read."""
         return Path(self.ca).read_bytes(), Path(self.cert).read_bytes(), Path(self.key).read_bytes()
 
+    def stamp(self) -> tuple[int, ...]:
+        """Differs when a file was changed or replaced. Raises OSError as `read` does."""
+        stats = [Path(file).stat() for file in (self.ca, self.cert, self.key)]
+        return tuple(part for stat in stats for part in (stat.st_mtime_ns, stat.st_ino))
+
 
 @dataclass(frozen=True, slots=True)
 class ClientTLS:
@@ -47,13 +52,13 @@ class ServerTLS:
     files: TLSFiles
 
     def credentials(self) -> grpc.ServerCredentials:
+        last = self.files.stamp()  # before reading: what changes in between is read again
         current = self._configuration()
-        last = self._stamp()
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:
             nonlocal last
             try:
-                stamp = self._stamp()
+                stamp = self.files.stamp()
                 if stamp == last:
                     return None
                 last, renewed = stamp, self._configuration()
@@ -71,9 +76,6 @@ class ServerTLS:
     def _configuration(self) -> grpc.ServerCertificateConfiguration:
         ca, cert, key = self.files.read()
         return grpc.ssl_server_certificate_configuration([(key, cert)], root_certificates=ca)
-
-    def _stamp(self) -> tuple[int, ...]:
-        return tuple(Path(f).stat().st_mtime_ns for f in (self.files.ca, self.files.cert, self.files.key))
 
 
 def identities(auth_context: Mapping[str, Iterable[bytes]]) -> frozenset[str]:
