@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
-    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
 )
+
+from sandkeeper import configfile
 
 ENV_PREFIX = "SANDKEEPER_OPERATOR_"
 
@@ -111,11 +111,4 @@ class OperatorSettings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags over environment over file; the file itself is named by one of the first two."""
-        sources = (init_settings, env_settings)
-        given = init_settings.init_kwargs if isinstance(init_settings, InitSettingsSource) else {}
-        path = given.get("config_file") or env_settings().get("config_file")
-        if not path:
-            return sources
-        if not Path(path).is_file():
-            raise ValueError(f"config_file must be a readable file: {path}")
-        return (*sources, YamlConfigSettingsSource(settings_cls, yaml_file=path))
+        return configfile.sources(settings_cls, init_settings, env_settings)

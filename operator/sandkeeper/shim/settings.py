@@ -10,13 +10,12 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
-    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
 )
 
+from sandkeeper import configfile
 from sandkeeper.wire.ids import valid_node_name
 from sandkeeper.wire.tls import OPERATOR_IDENTITY, ServerTLS, TLSFiles
 
@@ -74,7 +73,8 @@ class SimulatedSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     failpoints: dict[str, str] = Field(
-        default_factory=dict, description="Engine method -> `<count>*<error|delay|hang|lose>(arg)->...`."
+        default_factory=dict,
+        description="Engine method -> `[COUNT*]ACTION[(ARG)]->...`; actions: off, error, delay, hang, lose, panic.",
     )
     start_seconds: float = Field(0.0, ge=0, description="How long a start takes.")
     image_seconds: float = Field(0.0, ge=0, description="How long an image takes that is not there yet.")
@@ -168,11 +168,7 @@ class ShimSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        given = init_settings.init_kwargs if isinstance(init_settings, InitSettingsSource) else {}
-        file = given.get("config_file") or os.environ.get(f"{ENV_PREFIX}CONFIG_FILE")
-        if not file:
-            return init_settings, env_settings
-        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=Path(file))
+        return configfile.sources(settings_cls, init_settings, env_settings)
 
     @property
     def socket_path(self) -> Path:
