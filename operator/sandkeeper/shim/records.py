@@ -24,6 +24,9 @@ from google.protobuf import json_format
 from sandkeeper.wire import node_pb2
 from sandkeeper.wire.ids import valid_id
 
+_HALF = "~"
+"""Ends the names of files that are being written; no identifier has it."""
+
 FENCE_SECONDS = 24 * 3600
 """How long a fence outlives its sandbox: far longer than any call can be under way."""
 
@@ -60,7 +63,8 @@ class Records:
         """Makes the folders and drops what half-written files there are. Raises OSError."""
         for folder in (self._sandboxes, self._fences):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for left in folder.rglob("*.tmp"):
+        for folder in (self._fences, *self._sandboxes.iterdir()):
+            for left in folder.glob(f"*{_HALF}"):
                 left.unlink(missing_ok=True)
         self._forget_fences()
 
@@ -138,7 +142,7 @@ def _dump(message: node_pb2.SandboxConfig) -> bytes:
 
 
 def _replace(path: Path, data: bytes, *, sync: bool) -> None:
-    fresh = path.with_name(f"{path.name}.tmp")
+    fresh = path.with_name(f"{path.name}{_HALF}")
     handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         view = memoryview(data)
