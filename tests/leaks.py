@@ -1,6 +1,7 @@
 """What sandboxes may leave behind: processes, mounts, cgroups, network namespaces, folders.
 
-Everything is found from outside, by the kernel's own lists, never by what the shim says.
+Everything is found from outside, by the kernel's own lists, never by what the shim says. A network
+namespace lives only by a process in it or a mount of it: both are looked for.
 """
 
 from __future__ import annotations
@@ -91,15 +92,6 @@ class Leaks:
                 with contextlib.suppress(OSError):
                     for each in folder.iterdir():
                         yield f"folder {each}"
-
-
-def network_namespaces() -> frozenset[int]:
-    """Inodes of the network namespaces that any process of this machine is in."""
-    found: set[int] = set()
-    for pid in _pids():
-        with contextlib.suppress(OSError):
-            found.add(Path(f"/proc/{pid}/ns/net").stat().st_ino)
-    return frozenset(found)
 
 
 def _pids() -> list[int]:

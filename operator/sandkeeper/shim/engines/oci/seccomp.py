@@ -1,4 +1,7 @@
-"""Resolves the distribution's seccomp profile to the OCI form.
+"""Resolves the distribution's seccomp profile to the OCI form, and narrows it to what Docker's allows.
+
+containers-common's profile lets a container make user namespaces, for Podman inside Podman; code that
+nobody trusts gets none.
 
 Source: containers-common seccomp.json (`archMap`, per rule `includes` and
 `excludes` by architecture and capability) and runtime-spec config-linux.md, Seccomp.
@@ -7,6 +10,7 @@ Source: containers-common seccomp.json (`archMap`, per rule `includes` and
 from __future__ import annotations
 
 import base64
+import errno
 import functools
 import json
 import platform
@@ -24,6 +28,15 @@ _ARCHITECTURES = {
     "riscv64": ("riscv64", "SCMP_ARCH_RISCV64"),
 }
 
+_NARROWED = (
+    # Namespaces and mounts of one's own: most of the kernel's recent holes are reached through them.
+    "unshare", "setns", "mount", "umount", "umount2", "pivot_root", "mount_setattr", "move_mount", "open_tree",
+    "fsopen", "fsconfig", "fsmount", "fspick",
+    # Keyrings are shared by all containers of a user.
+    "add_key", "keyctl", "request_key",
+)  # fmt: skip
+_NEW_NAMESPACE = 0x7E020000
+"""clone(2): CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET."""
 
 _MAX_COMPILED = 64
 _INSTRUCTION_BYTES = 8  # struct sock_filter
@@ -52,10 +65,30 @@ def resolve(profile: Mapping[str, Any], capabilities: frozenset[str], machine: s
             architectures += entry.get("subArchitectures") or ()
     if architectures:
         seccomp["architectures"] = architectures
-    seccomp["syscalls"] = [
-        _rule(rule) for rule in profile.get("syscalls") or () if _applies(rule, capabilities, arch)
-    ]
+    rules = [_rule(rule) for rule in profile.get("syscalls") or () if _applies(rule, capabilities, arch)]
+    seccomp["syscalls"] = rules if "CAP_SYS_ADMIN" in capabilities else _narrow(rules, arch)
     return seccomp
+
+
+def _narrow(rules: list[dict[str, Any]], arch: str) -> list[dict[str, Any]]:
+    """The rules for a process that may not administer: no new namespaces, no mounts, no keyrings.
+
+    Source: moby's profiles/seccomp/default.json, the rules for `clone`, `clone3` and CAP_SYS_ADMIN.
+    """
+    denied = {*_NARROWED, "clone", "clone3"}
+    kept = [{**rule, "names": [name for name in rule["names"] if name not in denied]} for rule in rules]
+    flags = {"index": 1 if arch == "s390x" else 0, "value": _NEW_NAMESPACE, "valueTwo": 0}
+    return [
+        *(rule for rule in kept if rule["names"]),
+        {"names": list(_NARROWED), "action": "SCMP_ACT_ERRNO", "errnoRet": errno.EPERM},
+        {
+            "names": ["clone"],
+            "action": "SCMP_ACT_ALLOW",
+            "args": [{**flags, "op": "SCMP_CMP_MASKED_EQ"}],
+        },
+        # Its flags lie in memory, where no filter can look; libc falls back to clone.
+        {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS},
+    ]
 
 
 def _applies(rule: Mapping[str, Any], capabilities: frozenset[str], arch: str) -> bool:
