@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.cluster import TestCluster, fresh_namespace, plain_cluster, whole_cluster
+from tests.sandboxes import Sandboxes
 
 from sandkeeper.localcluster.cluster import LocalCluster
 
@@ -39,3 +40,9 @@ def home(local: LocalCluster) -> Iterator[str]:
     """A namespace of `local` for one test."""
     with fresh_namespace(local.kubectl) as name:
         yield name
+
+
+@pytest.fixture
+def sandboxes(local: LocalCluster, home: str) -> Sandboxes:
+    """What a user does in that namespace."""
+    return Sandboxes(local.kubectl, home)
