@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from sandkeeper.api import SandboxSpec
-from sandkeeper.api.quantity import parse_bytes, parse_cpu_millis
+from sandkeeper.api.quantity import format_bytes, format_cpu_millis, parse_bytes, parse_cpu_millis
 from sandkeeper.control.observation import NodeView, Resources
 
 HOST_NETWORK = "HostNetwork"
@@ -26,7 +26,7 @@ class Placement:
 @dataclass(frozen=True, slots=True)
 class Unschedulable:
     """`message` as kube-scheduler words it: "0/3 nodes are available: 1 is unschedulable, 2 lack runtime
-    runsc"."""
+    runsc (offer crun, runc)"."""
 
     message: str
 
@@ -99,7 +99,10 @@ def unfit(spec: SandboxSpec, node: NodeView, need: Resources, used: Resources) -
     if not runtime:
         return Misfit("has no runtime that works", "have no runtime that works")
     if runtime not in node.runtimes:
-        return Misfit(f"lacks runtime {runtime}", f"lack runtime {runtime}")
+        offers = ", ".join(sorted(node.runtimes)) or "none"
+        return Misfit(
+            f"lacks runtime {runtime} (offers {offers})", f"lack runtime {runtime} (offer {offers})"
+        )
     if spec.network == "Host" and node.features and HOST_NETWORK not in node.features:
         return Misfit("does not allow network Host", "do not allow network Host")
     return _short_of(need, used, node.allocatable)
@@ -126,7 +129,7 @@ def _bounded(need: Resources, used: Resources, bound: Resources) -> Iterable[tup
 def _short_of(need: Resources, used: Resources, bound: Resources) -> Misfit | None:
     for name, needed, taken, limit in _bounded(need, used, bound):
         if needed > limit:
-            return Misfit(f"is too small ({name})", f"are too small ({name})")
+            return _too_small(name)
         # What declares no limit of a resource does not need room for it.
         if needed and taken + needed > limit:
             return Misfit(f"has insufficient {name}", f"have insufficient {name}")
@@ -152,4 +155,20 @@ def _explain(spec: SandboxSpec, nodes: tuple[NodeView, ...], misfits: Counter[Mi
         misfit.worded(count)
         for misfit, count in sorted(misfits.items(), key=lambda item: (-item[1], item[0].one))
     )
-    return f"0/{len(nodes)} nodes are available: {counts}"
+    return f"0/{len(nodes)} nodes are available: {counts}{_most(spec, nodes, misfits)}"
+
+
+def _most(spec: SandboxSpec, nodes: tuple[NodeView, ...], misfits: Counter[Misfit]) -> str:
+    """What the limits of all containers may come to, where nodes are too small."""
+    rooms = [node.allocatable for node in nodes if matches(spec, node)]
+    rows = (
+        ("cpu", format_cpu_millis, [room.cpu_millis for room in rooms]),
+        ("memory", format_bytes, [room.memory_bytes for room in rooms]),
+        ("pids", str, [room.pids for room in rooms]),
+    )
+    most = [f"{name} {write(max(bounds))}" for name, write, bounds in rows if _too_small(name) in misfits]
+    return f"; the most that one has: {', '.join(most)}" if most else ""
+
+
+def _too_small(resource: str) -> Misfit:
+    return Misfit(f"is too small ({resource})", f"are too small ({resource})")

@@ -73,8 +73,11 @@ def test_placed(
             "0/2 nodes are available: 1 does not match nodeName, 1 is unschedulable",
         ),
         (
-            spec(runtime="runsc"), (replace(N1, unschedulable=True), N2, N3), {},
-            "0/3 nodes are available: 2 lack runtime runsc, 1 is unschedulable",
+            spec(runtime="runsc"), (replace(N1, unschedulable=True), N2, N3, replace(N3, name="n4")), {},
+            (
+                "0/4 nodes are available: 2 lack runtime runsc (offer crun, runc), 1 is unschedulable,"
+                " 1 lacks runtime runsc (offers runc)"
+            ),
         ),
         (spec(nodeSelector={"zone": "c"}), (N1, N2), {}, "0/2 nodes are available: 2 do not match nodeSelector"),
         (spec(), (replace(N1, reachable=False),), {}, "0/1 nodes are available: 1 is unreachable"),
@@ -83,7 +86,17 @@ def test_placed(
             spec(), (replace(N1, default_runtime="", runtimes=frozenset()),), {},
             "0/1 nodes are available: 1 has no runtime that works",
         ),
-        (spec({"memory": "2Gi"}), (N1, N2), {}, "0/2 nodes are available: 2 are too small (memory)"),
+        (
+            spec({"memory": "2Gi"}), (N1, N2), {},
+            "0/2 nodes are available: 2 are too small (memory); the most that one has: memory 1Gi",
+        ),
+        (
+            spec({"cpu": 3, "pids": 101}), (N1, replace(N2, allocatable=Resources(4000, 0, 100))), {},
+            (
+                "0/2 nodes are available: 1 is too small (cpu), 1 is too small (pids);"
+                " the most that one has: cpu 4, pids 100"
+            ),
+        ),
         (spec({"cpu": "1"}), (N1,), {"n1": Resources(1500)}, "0/1 nodes are available: 1 has insufficient cpu"),
         (spec({"pids": 50}), (N1,), {"n1": Resources(0, 0, 51)}, "0/1 nodes are available: 1 has insufficient pids"),
         (spec(), (N1,), {"n1": FULL}, "0/1 nodes are available: 1 has insufficient sandboxes"),

@@ -170,7 +170,8 @@ def identity(container: node_pb2.ContainerConfig, from_image: User, known_gid: i
         user = User(user.uid, context.run_as_group, user.groups)
     if context.run_as_non_root and user.uid == 0:
         raise invalid(
-            f"containers[{container.name}].securityContext.runAsNonRoot", "the container would run as root"
+            f"containers[{container.name}].securityContext.runAsNonRoot",
+            "the container would run as root: set runAsUser to a number above 0",
         )
     return user
 
