@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tests.leaks import Leaks
 
 from sandkeeper.localcluster import binaries
 from sandkeeper.localcluster.apiserver import ApiServer, Kubectl, KubectlError, apply_crds
@@ -115,6 +116,13 @@ def eventually(
     return answer
 
 
+def leaks_of(local: LocalCluster, index: int) -> Leaks:
+    """What sandboxes may have left on a node; its shim may live."""
+    node = local.nodes[index]
+    pid = local.status()[node]
+    return Leaks(local.node_folder(index), local.cgroup_parent(index), () if pid is None else (pid,))
+
+
 def condition_of(sandbox: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """A condition of an object, {} where it has none of that type."""
     conditions = sandbox.get("status", {}).get("conditions", [])
@@ -127,6 +135,7 @@ __all__ = [
     "condition_of",
     "eventually",
     "fresh_namespace",
+    "leaks_of",
     "plain_cluster",
     "whole_cluster",
 ]

@@ -170,6 +170,16 @@ class LocalCluster:
 
     # Shims
 
+    def node_folder(self, index: int) -> Path:
+        """Below it is all that a node has on disk, as if each were a machine. Short: sockets lie there."""
+        return self.folder / f"n{index + 1}"
+
+    def cgroup_parent(self, index: int) -> str:
+        """One per node and cluster: a shim removes, at its start, every sandbox below its parent that it has no
+        record of, and other nodes' sandboxes are on this machine as well."""
+        cluster = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:10]
+        return f"sandkeeper-{cluster}-{index + 1}"
+
     def shim(self, index: int) -> ShimCalls:
         """Calls to one shim, without the operator."""
         return ShimCalls(f"127.0.0.1:{self.plan.shim_ports[index]}", self.nodes[index], self.tls)
@@ -194,8 +204,7 @@ class LocalCluster:
 
     def _spawn_shim(self, index: int) -> None:
         name, plan = self.nodes[index], self.plan
-        # Short: its sockets lie below. A folder of its own per node, as if each were a machine.
-        node = self.folder / f"n{index + 1}"
+        node = self.node_folder(index)
         ca = self._ca()
         files = ca.server(name, (name, "127.0.0.1", "localhost"))
         env = {
@@ -210,7 +219,7 @@ class LocalCluster:
         }
         if plan.engine == "oci":
             env["OCI__IMAGE_LAYOUTS"] = json.dumps([str(self._image_layout())])
-            env["OCI__CGROUP_PARENT"] = self._cgroup_parent(index)
+            env["OCI__CGROUP_PARENT"] = self.cgroup_parent(index)
         for folder in (node / "state", node / "run"):
             folder.mkdir(parents=True, exist_ok=True)
         self._spawn(name, "shim", "SANDKEEPER_SHIM_", {**env, **plan.shim_env})
@@ -233,7 +242,7 @@ class LocalCluster:
         name = self.nodes[index]
         if self.plan.engine == "simulated" and not self.processes.alive(name):
             return
-        if not (self.folder / f"n{index + 1}" / "state").exists():
+        if not (self.node_folder(index) / "state").exists():
             return
         if not self.processes.alive(name):
             self.start_shim(index)
@@ -302,17 +311,11 @@ class LocalCluster:
         for name in self.nodes:
             ca.server(name, (name, "127.0.0.1", "localhost"))
 
-    def _cgroup_parent(self, index: int) -> str:
-        """One per node and cluster: a shim removes, at its start, every sandbox below its parent that it has no
-        record of, and other nodes' sandboxes are on this machine as well."""
-        cluster = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:10]
-        return f"sandkeeper-{cluster}-{index + 1}"
-
     def _remove_cgroups(self, index: int) -> None:
         """The node's cgroups, empty ones only. A shim cannot do so while its last monitors still end."""
         if self.plan.engine != "oci":
             return
-        parent, deadline = self._cgroup_parent(index), time.monotonic() + 2
+        parent, deadline = self.cgroup_parent(index), time.monotonic() + 2
         cgroups = Cgroups(parent)
         while any((each.point / parent).exists() for each in cgroups.hierarchies):
             cgroups.close()
