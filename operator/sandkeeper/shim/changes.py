@@ -126,7 +126,9 @@ def container_ended(name: str, ended: node_pb2.Exit, *, again_after: float | Non
         container_exits(container, ended)
         if again_after is not None:
             container.state = node_pb2.CONTAINER_STATE_WAITING
-            container.reason, container.message = "CrashLoopBackOff", f"started again after {again_after:g} s"
+            why = ended.message or f"exit status {ended.status}"
+            container.reason = "CrashLoopBackOff"
+            container.message = f"{why}; started again after {again_after:g} s"
 
     return change
 

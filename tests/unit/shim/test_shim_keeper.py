@@ -357,6 +357,7 @@ async def test_waits_grow_and_say_so(make: Make) -> None:
     instance = await run(keeper, ["exit", "0"], policy=node_pb2.RESTART_POLICY_ALWAYS)
     await until(lambda: instance.record.containers[0].reason == "CrashLoopBackOff")
     assert instance.record.containers[0].state == node_pb2.CONTAINER_STATE_WAITING
+    assert instance.record.containers[0].message == "exit status 0; started again after 30 s"
     async with asyncio.timeout(5):
         await instance.stop(5)  # it need not wait for the restart
     assert instance.record.exit.status == 0
