@@ -17,6 +17,7 @@ from kubernetes.aio import client
 from sandkeeper import logs
 from sandkeeper.control import app
 from sandkeeper.control.events import Recorder
+from sandkeeper.control.faults import EFFECTS, FaultyKube, FaultyShim
 from sandkeeper.control.garbage import GarbageCollector
 from sandkeeper.control.health import Check, HealthServer
 from sandkeeper.control.informer import ECHO_LATE, Informer
@@ -31,6 +32,7 @@ from sandkeeper.control.queue import Queue
 from sandkeeper.control.reconciler import Reconciler
 from sandkeeper.control.settings import OperatorSettings
 from sandkeeper.control.store import Store
+from sandkeeper.failpoints import Effects
 from sandkeeper.wire.client import ShimClient
 from sandkeeper.wire.tls import ClientTLS, TLSFiles
 
@@ -49,8 +51,16 @@ class Operator:
         self.settings = settings
         self.metrics = metrics = Metrics()
         self.store = Store()
-        self.kube = Kube(
-            configuration, observer=metrics, on_object=self._answered, reload=self._load_configuration
+        self._effects = self._traced(settings)
+        options: dict[str, Any] = {
+            "observer": metrics,
+            "on_object": self._answered,
+            "reload": self._load_configuration,
+        }
+        self.kube = (
+            FaultyKube(configuration, effects=self._effects, **options)
+            if self._effects
+            else Kube(configuration, **options)
         )
         self.nodes = Nodes(
             connect=self._connect,
@@ -136,7 +146,20 @@ class Operator:
         self.informer.answered(body, wrote)
 
     def _connect(self, address: str, server_name: str) -> ShimClient:
-        return ShimClient(address, tls=self._tls(address), server_name=server_name)
+        options: dict[str, Any] = {"tls": self._tls(address), "server_name": server_name}
+        if self._effects:
+            return FaultyShim(address, effects=self._effects, **options)
+        return ShimClient(address, **options)
+
+    @staticmethod
+    def _traced(settings: OperatorSettings) -> Effects | None:
+        """Raises ValueError naming a failpoint that cannot be read, OSError."""
+        if not settings.failpoints and settings.effects_file is None:
+            return None
+        log.warning(
+            "faults are injected or effects traced: for tests", extra={"failpoints": settings.failpoints}
+        )
+        return Effects(EFFECTS, settings.failpoints, settings.effects_file)
 
     def _tls(self, address: str) -> ClientTLS | None:
         files = self.settings

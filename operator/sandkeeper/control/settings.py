@@ -82,6 +82,13 @@ class OperatorSettings(BaseSettings):
         description="Which Events are posted. Each is an API write; `Notable` leaves out the steps that every"
         " Sandbox takes (Scheduled, Started, ...), which its conditions tell already.",
     )
+    failpoints: dict[str, str] = Field(
+        default_factory=dict,
+        description="For tests: effect -> `[COUNT*]ACTION[(ARG)]->...`; actions: off, error, delay, hang, lose, panic.",
+    )
+    effects_file: Path | None = Field(
+        None, description="For tests: file that gets a line of JSON after each effect."
+    )
     log_format: Literal["console", "json"] = "console"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 

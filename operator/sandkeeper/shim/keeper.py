@@ -27,11 +27,11 @@ MAX_CONTAINERS = 16
 
 
 class Keeper:
-    def __init__(self, settings: ShimSettings, engine: Engine) -> None:
+    def __init__(self, settings: ShimSettings, engine: Engine, records: Records | None = None) -> None:
         self.settings = settings
         self.engine = engine
         self.journal = Journal()
-        self._records = Records(settings.state_dir)
+        self._records = records or Records(settings.state_dir)
         self._sandboxes: dict[str, Instance] = {}
         self._tasks = Tasks("node")
         self._node = Node(

@@ -8,6 +8,7 @@ import signal
 import sys
 
 from sandkeeper import logs
+from sandkeeper.shim import faults
 from sandkeeper.shim.engines.base import Engine, EngineError
 from sandkeeper.shim.server import ShimServer
 from sandkeeper.shim.settings import ShimSettings
@@ -26,13 +27,24 @@ def make_engine(settings: ShimSettings) -> Engine:
     return OCIEngine(settings)
 
 
+def make_server(settings: ShimSettings) -> ShimServer:
+    """A shim as the settings want it. Raises ValueError naming a failpoint that cannot be read, OSError."""
+    engine = make_engine(settings)
+    if not settings.failpoints and settings.effects_file is None:
+        return ShimServer(settings, engine)
+    effects = faults.effects(settings.failpoints, settings.effects_file)
+    log.warning("faults are injected or effects traced: for tests", extra={"failpoints": settings.failpoints})
+    records = faults.FaultyRecords(settings.state_dir, effects)
+    return ShimServer(settings, faults.FaultyEngine(engine, effects), records)
+
+
 async def run(settings: ShimSettings) -> None:
     """Serves until SIGTERM or SIGINT. Raises EngineError, OSError, RuntimeError where it cannot start."""
     asked_to_stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked_to_stop.set)
-    server = ShimServer(settings, make_engine(settings))
+    server = make_server(settings)
     try:
         await server.start()
         where = [f"unix:{settings.socket_path}", *([settings.listen] if settings.listen else [])]
@@ -50,6 +62,6 @@ def main(settings: ShimSettings) -> None:
     except BlockingIOError:
         log.error("another shim uses the state directory", extra={"state_dir": str(settings.state_dir)})
         sys.exit(1)
-    except (EngineError, OSError, RuntimeError) as error:
+    except (EngineError, OSError, RuntimeError, ValueError) as error:
         log.error("cannot serve", extra={"error": str(error)})
         sys.exit(1)

@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from sandkeeper.shim.engines.base import Engine, EngineError
 from sandkeeper.shim.errors import Refused
 from sandkeeper.shim.keeper import Keeper
+from sandkeeper.shim.records import Records
 from sandkeeper.shim.services import Controller, Finisher, Node
 from sandkeeper.shim.settings import ShimSettings
 from sandkeeper.wire import controller_pb2, controller_pb2_grpc, node_pb2, node_pb2_grpc
@@ -111,9 +112,9 @@ async def _coded(context: Any) -> AsyncIterator[None]:
 class ShimServer:
     """A shim: `start` finds its sandboxes and listens, `stop` lets go of both; the sandboxes run on."""
 
-    def __init__(self, settings: ShimSettings, engine: Engine) -> None:
+    def __init__(self, settings: ShimSettings, engine: Engine, records: Records | None = None) -> None:
         self.settings = settings
-        self.keeper = Keeper(settings, engine)
+        self.keeper = Keeper(settings, engine, records)
         self._finish = Finisher()
         self._server: grpc.aio.Server | None = None
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it

@@ -72,10 +72,6 @@ class SimulatedSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    failpoints: dict[str, str] = Field(
-        default_factory=dict,
-        description="Engine method -> `[COUNT*]ACTION[(ARG)]->...`; actions: off, error, delay, hang, lose, panic.",
-    )
     start_seconds: float = Field(0.0, ge=0, description="How long a start takes.")
     image_seconds: float = Field(0.0, ge=0, description="How long an image takes that is not there yet.")
 
@@ -108,6 +104,13 @@ class ShimSettings(BaseSettings):
     engine: Literal["oci", "simulated"] = Field("oci", description="How processes are made.")
     oci: OCISettings = OCISettings()
     simulated: SimulatedSettings = SimulatedSettings()
+    failpoints: dict[str, str] = Field(
+        default_factory=dict,
+        description="For tests: effect -> `[COUNT*]ACTION[(ARG)]->...`; actions: off, error, delay, hang, lose, panic.",
+    )
+    effects_file: Path | None = Field(
+        None, description="For tests: file that gets a line of JSON after each effect."
+    )
 
     cpu_millis: int = Field(0, ge=0, description="CPU for sandboxes, in thousandths of a core; 0: all.")
     memory_bytes: int = Field(0, ge=0, description="Memory for sandboxes in bytes; 0: all.")

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from sandkeeper.failpoints import Effects, Term, parse
 from sandkeeper.shim.engines.base import EngineError
-from sandkeeper.shim.engines.failpoints import Failpoints, Term, parse
 
 METHODS = ("start", "kill")
 OFF = Term(None, "off", "")
 
 
-class Effects:
-    """Counts how often the effect of a method happened."""
+def failed(message: str) -> EngineError:
+    return EngineError("Failpoint", message, retryable=True)
+
+
+class Counted:
+    """Counts how often an effect happened."""
 
     def __init__(self, text: str) -> None:
-        self.failpoints = Failpoints({"start": text}, METHODS)
+        self.effects = Effects(METHODS, {"start": text})
         self.count = 0
 
     async def call(self) -> None:
-        async with self.failpoints.at("start"):
+        async with self.effects.at("start", "box", failed):
             self.count += 1
 
 
@@ -65,22 +73,22 @@ def test_terms(text: str, terms: list[Term]) -> None:
 )
 def test_wrong_terms_are_refused_by_method_and_term(text: str, term: str) -> None:
     with pytest.raises(ValueError, match=r"failpoints\.start: term") as refused:
-        Failpoints({"start": text}, METHODS)
+        Effects(METHODS, {"start": text})
     assert f"term {term}:" in str(refused.value)
 
 
 def test_a_method_that_there_is_not_is_refused() -> None:
     with pytest.raises(ValueError, match=r"failpoints\.begin: must be one of kill, start"):
-        Failpoints({"begin": "off"}, METHODS)
+        Effects(METHODS, {"begin": "off"})
 
 
 async def test_counts_are_used_up_in_order_and_then_it_works() -> None:
-    effects = Effects("1*off->2*error(boom)")
+    effects = Counted("1*off->2*error(boom)")
     await effects.call()
     for _ in range(2):
-        with pytest.raises(EngineError) as failed:
+        with pytest.raises(EngineError) as caught:
             await effects.call()
-        assert (failed.value.reason, failed.value.message, failed.value.retryable) == (
+        assert (caught.value.reason, caught.value.message, caught.value.retryable) == (
             "Failpoint", "boom", True,
         )  # fmt: skip
     await effects.call()
@@ -88,7 +96,7 @@ async def test_counts_are_used_up_in_order_and_then_it_works() -> None:
 
 
 async def test_without_a_count_it_never_ends() -> None:
-    effects = Effects("error")
+    effects = Counted("error")
     for _ in range(100):
         with pytest.raises(EngineError, match="start: error"):
             await effects.call()
@@ -96,12 +104,12 @@ async def test_without_a_count_it_never_ends() -> None:
 
 
 async def test_other_methods_work() -> None:
-    async with Failpoints({"start": "error"}, METHODS).at("kill"):
+    async with Effects(METHODS, {"start": "error"}).at("kill", "box", failed):
         pass
 
 
 async def test_lose_fails_after_the_effect() -> None:
-    effects = Effects("1*lose(gone)")
+    effects = Counted("1*lose(gone)")
     with pytest.raises(EngineError, match="gone"):
         await effects.call()
     assert effects.count == 1
@@ -109,12 +117,12 @@ async def test_lose_fails_after_the_effect() -> None:
 
 async def test_an_effect_that_failed_by_itself_keeps_its_own_error() -> None:
     with pytest.raises(KeyError):
-        async with Failpoints({"start": "lose"}, METHODS).at("start"):
+        async with Effects(METHODS, {"start": "lose"}).at("start", "box", failed):
             raise KeyError("its own")
 
 
 async def test_delay_waits_first() -> None:
-    effects = Effects("1*delay(0.05)")
+    effects = Counted("1*delay(0.05)")
     before = asyncio.get_running_loop().time()
     await effects.call()
     assert asyncio.get_running_loop().time() - before >= 0.05
@@ -122,7 +130,7 @@ async def test_delay_waits_first() -> None:
 
 
 async def test_hang_ends_only_when_cancelled() -> None:
-    effects = Effects("1*hang")
+    effects = Counted("1*hang")
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
             await effects.call()
@@ -135,10 +143,10 @@ async def test_hang_ends_only_when_cancelled() -> None:
 def test_panic_ends_the_process_as_kill_9_does(text: str, said: bytes) -> None:
     program = f"""
 import asyncio, atexit
-from sandkeeper.shim.engines.failpoints import Failpoints
+from sandkeeper.failpoints import Effects
 atexit.register(print, "cleaned up", flush=True)
 async def call():
-    async with Failpoints({{"start": {text!r}}}, ["start"]).at("start"):
+    async with Effects(["start"], {{"start": {text!r}}}).at("start", "box", RuntimeError):
         print("effect", flush=True)
 asyncio.run(call())
 """
@@ -146,3 +154,23 @@ asyncio.run(call())
         [sys.executable, "-c", program], check=False, stdout=subprocess.PIPE, timeout=30, close_fds=True
     )
     assert (ended.returncode, ended.stdout) == (137, said)
+
+
+def test_what_is_no_coroutine_fails_the_same_way() -> None:
+    effects = Effects(METHODS, {"start": "1*error(full)->1*lose(cut)"})
+    happened = []
+    for message in ("full", "cut"):
+        with pytest.raises(OSError, match=message), effects.at_once("start", "box", OSError):
+            happened.append(message)
+    assert happened == ["cut"]
+
+
+def test_the_trace_has_what_happened_and_only_that(tmp_path: Path) -> None:
+    effects = Effects(METHODS, {"start": "1*error->1*lose"}, tmp_path / "effects")
+    for _ in range(3):
+        with contextlib.suppress(OSError), effects.at_once("start", "box", OSError):
+            pass
+    lines = [json.loads(line) for line in (tmp_path / "effects").read_text().splitlines()]
+    assert [(each["effect"], each["subject"], each["pid"]) for each in lines] == [
+        ("start", "box", os.getpid())
+    ] * 2

@@ -17,6 +17,7 @@ from sandkeeper.shim.engines.simulated import SimulatedEngine
 from sandkeeper.shim.errors import BadRequest, Full, NotReady, Taken, UnknownSandbox, WrongState
 from sandkeeper.shim.instance import Instance
 from sandkeeper.shim.keeper import Keeper
+from sandkeeper.shim.main import make_server
 from sandkeeper.shim.settings import ShimSettings
 from sandkeeper.wire import node_pb2
 from sandkeeper.wire.ids import OwnerKey
@@ -38,7 +39,7 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
         made = ShimSettings.model_validate(
             {"node_name": "n", "state_dir": tmp_path, "engine": "simulated", **quick, **settings}
         )
-        keeper = Keeper(made, SimulatedEngine(made))
+        keeper = make_server(made).keeper
         opened.append(keeper)
         await keeper.open()
         return keeper
@@ -188,7 +189,7 @@ async def test_a_full_node_says_so(make: Make) -> None:
 
 
 async def test_an_image_that_may_come_is_tried_again(make: Make) -> None:
-    keeper = await make(simulated={"failpoints": {"prepare": "3*error(busy)"}})
+    keeper = await make(failpoints={"prepare": "3*error(busy)"})
     instance = await keeper.create(OWNER.sandbox_id, config(FOREVER), OWNER)
     assert instance.record.state == node_pb2.STATE_PREPARING
     assert instance.record.reason == "Failpoint"
@@ -247,7 +248,7 @@ async def test_start_is_once_however_often_it_is_asked(make: Make) -> None:
 
 
 async def test_a_lost_reply_of_the_engine_starts_nothing_twice(make: Make) -> None:
-    keeper = await make(simulated={"failpoints": {"start": "1*lose(reply)"}})
+    keeper = await make(failpoints={"start": "1*lose(reply)"})
     instance = await create(keeper, FOREVER)
     with pytest.raises(NotReady):
         await instance.start()
@@ -447,7 +448,7 @@ async def test_shutdown_leaves_nothing_in_any_state(make: Make, tmp_path: Path, 
 
 
 async def test_a_shutdown_that_failed_can_be_repeated(make: Make) -> None:
-    keeper = await make(simulated={"failpoints": {"remove": "1*error(busy)"}})
+    keeper = await make(failpoints={"remove": "1*error(busy)"})
     instance = await run(keeper, FOREVER)
     with pytest.raises(EngineError, match="busy"):
         await instance.shutdown()
@@ -515,7 +516,7 @@ async def test_a_restart_is_due_also_after_the_shim_was_away(make: Make) -> None
 
 
 async def test_a_shutdown_that_was_cut_off_is_carried_through(make: Make) -> None:
-    keeper = await make(simulated={"failpoints": {"remove": "error(cut)"}})
+    keeper = await make(failpoints={"remove": "error(cut)"})
     instance = await run(keeper, FOREVER)
     with pytest.raises(EngineError):
         await instance.shutdown()
@@ -535,7 +536,7 @@ async def test_a_stop_that_was_cut_off_is_carried_through(make: Make) -> None:
 
 
 async def test_a_start_that_was_cut_off_is_finished(make: Make) -> None:
-    keeper = await make(simulated={"failpoints": {"start_container": "hang"}})
+    keeper = await make(failpoints={"start_container": "hang"})
     instance = await create(keeper, FOREVER)
     starting = asyncio.create_task(instance.start())
 
@@ -550,7 +551,7 @@ async def test_a_start_that_was_cut_off_is_finished(make: Make) -> None:
 
 
 async def test_preparing_goes_on(make: Make) -> None:
-    keeper = await make(simulated={"failpoints": {"prepare": "error(busy)"}})
+    keeper = await make(failpoints={"prepare": "error(busy)"})
     await keeper.create(OWNER.sandbox_id, config(FOREVER), OWNER)
     again = (await make()).get(OWNER.sandbox_id, OWNER)
     await until(lambda: again.record.state == node_pb2.STATE_CREATED)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from sandkeeper.shim.main import make_server
 from sandkeeper.shim.settings import ShimSettings
 
 TLS = {"tls_ca": Path("ca.pem"), "tls_cert": Path("cert.pem"), "tls_key": Path("key.pem")}
@@ -67,12 +68,12 @@ def test_parts_of_an_engine_come_from_all_sources(monkeypatch: pytest.MonkeyPatc
     file = tmp_path / "shim.yaml"
     file.write_text("oci:\n  conmon: /opt/conmon\n  default_pids: 7\n")
     monkeypatch.setenv("SANDKEEPER_SHIM_OCI__LOG_MAX_BYTES", "8192")
-    monkeypatch.setenv("SANDKEEPER_SHIM_SIMULATED__FAILPOINTS", '{"start": "1*error(boom)"}')
+    monkeypatch.setenv("SANDKEEPER_SHIM_FAILPOINTS", '{"start": "1*error(boom)"}')
     settings = made(config_file=file, oci={"default_pids": 9})
     assert (settings.oci.conmon, settings.oci.log_max_bytes, settings.oci.default_pids) == (
         "/opt/conmon", 8192, 9,
     )  # fmt: skip
-    assert settings.simulated.failpoints == {"start": "1*error(boom)"}
+    assert settings.failpoints == {"start": "1*error(boom)"}
 
 
 @pytest.mark.parametrize("text", ["a,b", " a , b,"])
@@ -178,3 +179,13 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent\.yaml"):
         made(config_file=tmp_path / "absent.yaml")
+
+
+def test_a_failpoint_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    for points, named in (
+        ({"begin": "off"}, r"failpoints\.begin"),
+        ({"start": "boom"}, r"failpoints\.start"),
+    ):
+        settings = made(state_dir=tmp_path, engine="simulated", failpoints=points)
+        with pytest.raises(ValueError, match=named):
+            make_server(settings)

@@ -1,9 +1,8 @@
-"""The simulated engine's face: it does as it is told, and fails as it is told.
+"""The simulated engine's face: it does as it is told.
 
-What a container does is read from its command line (`scripts`); what goes wrong comes from the settings
-(`failpoints`). An image with `missing` in its name cannot be pulled for now, one with `invalid` never. As real
-processes do, simulated ones run on while no shim is there and are lost with a reboot. No sandbox has a task or a
-thread: an end is a timer of the event loop, and a wait is a future.
+What a container does is read from its command line (`scripts`). An image with `missing` in its name cannot be
+pulled for now, one with `invalid` never. As real processes do, simulated ones run on while no shim is there and are
+lost with a reboot. No sandbox has a task or a thread: an end is a timer of the event loop, and a wait is a future.
 """
 
 from __future__ import annotations
@@ -30,7 +29,6 @@ from sandkeeper.shim.engines.base import (
     RuntimeInfo,
     UsageSample,
 )
-from sandkeeper.shim.engines.failpoints import Failpoints
 from sandkeeper.shim.engines.simulated import scripts, state
 from sandkeeper.shim.engines.simulated.scripts import Line, Script
 from sandkeeper.shim.engines.simulated.sessions import Session
@@ -38,12 +36,6 @@ from sandkeeper.shim.engines.simulated.state import Process, Sandbox
 from sandkeeper.shim.settings import ShimSettings
 from sandkeeper.wire import node_pb2
 from sandkeeper.wire.ids import valid_id
-
-METHODS = frozenset(
-    {"prepare", "start", "start_container", "inspect", "wait", "kill", "pause", "resume", "usage", "exec"}
-    | {"logs", "remove", "list"}
-)
-"""Where failpoints can be."""
 
 FIRST_PID = 4 * 1024 * 1024 + 1
 """Above the kernel's PID_MAX_LIMIT: whoever signals such a pid hits no real process."""
@@ -57,12 +49,7 @@ class SimulatedEngine(Engine):
     name: ClassVar[str] = "simulated"
 
     def __init__(self, settings: ShimSettings) -> None:
-        """Raises EngineError naming the failpoint that cannot be read."""
         self._settings = settings.simulated
-        try:
-            self._failpoints = Failpoints(settings.simulated.failpoints, METHODS)
-        except ValueError as error:
-            raise EngineError("InvalidConfig", f"simulated.{error}") from None
         self._store = state.Store(settings.state_dir)
         self._sandboxes: dict[str, Sandbox] = {}
         self._images: set[str] = set()
@@ -106,17 +93,16 @@ class SimulatedEngine(Engine):
     ) -> Mapping[str, str]:
         if not valid_id(sandbox_id):
             raise EngineError("InvalidConfig", f"sandbox_id {sandbox_id!r} must be an identifier")
-        async with self._failpoints.at("prepare"):
-            if config.runtime not in ("", "simulated"):
-                raise EngineError("RuntimeNotFound", f"runtime: {config.runtime!r} is not one of this node's")
-            if config.network == node_pb2.NETWORK_HOST:
-                raise EngineError("InvalidConfig", "network: Host is not offered by the simulated engine")
-            await asyncio.gather(*(self._pull(each, progress) for each in config.containers))
-            if sandbox_id not in self._sandboxes:
-                sandbox = Sandbox(sorted({each.image for each in config.containers}))
-                self._store.save(sandbox_id, sandbox)
-                self._sandboxes[sandbox_id] = sandbox
-            return {each.name: _digest(each.image) for each in config.containers}
+        if config.runtime not in ("", "simulated"):
+            raise EngineError("RuntimeNotFound", f"runtime: {config.runtime!r} is not one of this node's")
+        if config.network == node_pb2.NETWORK_HOST:
+            raise EngineError("InvalidConfig", "network: Host is not offered by the simulated engine")
+        await asyncio.gather(*(self._pull(each, progress) for each in config.containers))
+        if sandbox_id not in self._sandboxes:
+            sandbox = Sandbox(sorted({each.image for each in config.containers}))
+            self._store.save(sandbox_id, sandbox)
+            self._sandboxes[sandbox_id] = sandbox
+        return {each.name: _digest(each.image) for each in config.containers}
 
     async def _pull(self, container: node_pb2.ContainerConfig, progress: Progress) -> None:
         image = container.image
@@ -133,102 +119,91 @@ class SimulatedEngine(Engine):
         self._images.add(image)
 
     async def start(self, sandbox_id: str, config: node_pb2.SandboxConfig) -> int:
-        async with self._failpoints.at("start"):
-            if self._known(sandbox_id).process is None and self._settings.start_seconds:
-                await asyncio.sleep(self._settings.start_seconds)
-            process = self._known(sandbox_id).process
-            if process is None:
-                return self._begin(sandbox_id, SANDBOX_PROCESS, 0, scripts.FOREVER)
-            if process.exit is not None:
-                raise EngineError("StartError", "the sandbox process has ended")
-            return process.pid
+        if self._known(sandbox_id).process is None and self._settings.start_seconds:
+            await asyncio.sleep(self._settings.start_seconds)
+        process = self._known(sandbox_id).process
+        if process is None:
+            return self._begin(sandbox_id, SANDBOX_PROCESS, 0, scripts.FOREVER)
+        if process.exit is not None:
+            raise EngineError("StartError", "the sandbox process has ended")
+        return process.pid
 
     async def start_container(
         self, sandbox_id: str, config: node_pb2.SandboxConfig, container: str, attempt: int
     ) -> int:
-        async with self._failpoints.at("start_container"):
-            sandbox = self._known(sandbox_id)
-            begun = sandbox.processes.get((container, attempt))
-            if begun is not None:
-                return begun.pid
-            found = next((each for each in config.containers if each.name == container), None)
-            if found is None:
-                raise EngineError("InvalidConfig", f"container {container!r} is not in the configuration")
-            if not sandbox.runs:
-                raise EngineError("StartError", "the sandbox process does not run")
-            words = [*found.command, *found.args]
-            if not scripts.startable(words):
-                raise EngineError("StartError", f"exec: {words[0]!r}: executable file not found in $PATH")
-            script = scripts.read(words)
-            if not script.lines:
-                said = tuple(Line(0.0, "stdout", text) for text in found.args or ["started"])
-                script = replace(script, lines=said)
-            sandbox.processes.pop((container, attempt - _ATTEMPTS_KEPT), None)
-            return self._begin(sandbox_id, container, attempt, script)
+        sandbox = self._known(sandbox_id)
+        begun = sandbox.processes.get((container, attempt))
+        if begun is not None:
+            return begun.pid
+        found = next((each for each in config.containers if each.name == container), None)
+        if found is None:
+            raise EngineError("InvalidConfig", f"container {container!r} is not in the configuration")
+        if not sandbox.runs:
+            raise EngineError("StartError", "the sandbox process does not run")
+        words = [*found.command, *found.args]
+        if not scripts.startable(words):
+            raise EngineError("StartError", f"exec: {words[0]!r}: executable file not found in $PATH")
+        script = scripts.read(words)
+        if not script.lines:
+            said = tuple(Line(0.0, "stdout", text) for text in found.args or ["started"])
+            script = replace(script, lines=said)
+        sandbox.processes.pop((container, attempt - _ATTEMPTS_KEPT), None)
+        return self._begin(sandbox_id, container, attempt, script)
 
     async def inspect(self, sandbox_id: str, container: str, attempt: int) -> ProcessState:
-        async with self._failpoints.at("inspect"):
-            process = self._find(sandbox_id, container, attempt)
-            if process is None:
-                return ProcessState()
-            return ProcessState(exit=process.exit) if process.exit else ProcessState(pid=process.pid)
+        process = self._find(sandbox_id, container, attempt)
+        if process is None:
+            return ProcessState()
+        return ProcessState(exit=process.exit) if process.exit else ProcessState(pid=process.pid)
 
     async def wait(self, sandbox_id: str, container: str, attempt: int) -> ProcessExit:
-        async with self._failpoints.at("wait"):
-            process = self._find(sandbox_id, container, attempt)
-            if process is None:
-                raise EngineError("NotStarted", f"container {container!r} was not started")
-            return await asyncio.shield(process.ended)
+        process = self._find(sandbox_id, container, attempt)
+        if process is None:
+            raise EngineError("NotStarted", f"container {container!r} was not started")
+        return await asyncio.shield(process.ended)
 
     async def kill(self, sandbox_id: str, container: str, attempt: int, signal: int) -> None:
-        async with self._failpoints.at("kill"):
-            process = self._find(sandbox_id, container, attempt)
-            if process is None or process.exit is not None or signal in _IGNORED:
-                return
-            self._thaw(sandbox_id)  # what is frozen takes no signal
-            term = process.script.term
-            if signal != SIGTERM or term == scripts.TERMINATED:
-                self._end(sandbox_id, process, state.signaled(signal))
-            elif term is not None:
-                self._end(sandbox_id, process, state.exited(term, time.time()))
+        process = self._find(sandbox_id, container, attempt)
+        if process is None or process.exit is not None or signal in _IGNORED:
+            return
+        self._thaw(sandbox_id)  # what is frozen takes no signal
+        term = process.script.term
+        if signal != SIGTERM or term == scripts.TERMINATED:
+            self._end(sandbox_id, process, state.signaled(signal))
+        elif term is not None:
+            self._end(sandbox_id, process, state.exited(term, time.time()))
 
     async def pause(self, sandbox_id: str) -> None:
-        async with self._failpoints.at("pause"):
-            sandbox = self._known(sandbox_id)
-            if not sandbox.runs:
-                raise EngineError("NotRunning", "the sandbox does not run")
-            if not sandbox.paused:
-                sandbox.paused = True
-                for process in sandbox.running():
-                    process.disarm()
-                self._store.save(sandbox_id, sandbox)
+        sandbox = self._known(sandbox_id)
+        if not sandbox.runs:
+            raise EngineError("NotRunning", "the sandbox does not run")
+        if not sandbox.paused:
+            sandbox.paused = True
+            for process in sandbox.running():
+                process.disarm()
+            self._store.save(sandbox_id, sandbox)
 
     async def resume(self, sandbox_id: str) -> None:
-        async with self._failpoints.at("resume"):
-            self._known(sandbox_id)
-            self._thaw(sandbox_id)
+        self._known(sandbox_id)
+        self._thaw(sandbox_id)
 
     async def usage(self, sandbox_id: str) -> UsageSample | None:
-        async with self._failpoints.at("usage"):
-            sandbox = self._sandboxes.get(sandbox_id)
-            if sandbox is None or sandbox.process is None or not sandbox.runs:
-                return None
-            alive = len(sandbox.running())
-            elapsed = max(0.0, time.time() - sandbox.process.started_at)
-            return UsageSample(
-                cpu_usage_usec=int(elapsed * 1000), memory_bytes=alive * _MEMORY_BYTES, pids=alive
-            )
+        sandbox = self._sandboxes.get(sandbox_id)
+        if sandbox is None or sandbox.process is None or not sandbox.runs:
+            return None
+        alive = len(sandbox.running())
+        elapsed = max(0.0, time.time() - sandbox.process.started_at)
+        return UsageSample(cpu_usage_usec=int(elapsed * 1000), memory_bytes=alive * _MEMORY_BYTES, pids=alive)
 
     async def remove(self, sandbox_id: str) -> None:
-        async with self._failpoints.at("remove"):
-            sandbox = self._sandboxes.get(sandbox_id)
-            if sandbox is None:
-                return
-            self._store.remove(sandbox_id)
-            del self._sandboxes[sandbox_id]
-            for process in sandbox.running():
-                process.end(state.signaled(SIGKILL))
-            sandbox.tell()
+        sandbox = self._sandboxes.get(sandbox_id)
+        if sandbox is None:
+            return
+        self._store.remove(sandbox_id)
+        del self._sandboxes[sandbox_id]
+        for process in sandbox.running():
+            process.end(state.signaled(SIGKILL))
+        sandbox.tell()
 
     # What people look into
 
@@ -243,49 +218,46 @@ class SimulatedEngine(Engine):
         stdin: bool,
         size: tuple[int, int] | None,
     ) -> ExecSession:
-        async with self._failpoints.at("exec"):
-            process = self._find(sandbox_id, container, attempt)
-            if process is None or process.exit is not None:
-                raise EngineError("NotRunning", f"container {container!r} does not run")
-            if self._sandboxes[sandbox_id].paused:
-                raise EngineError("Paused", "the sandbox is paused")
-            if not command or not command[0]:
-                raise EngineError("InvalidConfig", "command: must not be empty")
-            return Session(command, process.ended, stdin=stdin)
+        process = self._find(sandbox_id, container, attempt)
+        if process is None or process.exit is not None:
+            raise EngineError("NotRunning", f"container {container!r} does not run")
+        if self._sandboxes[sandbox_id].paused:
+            raise EngineError("Paused", "the sandbox is paused")
+        if not command or not command[0]:
+            raise EngineError("InvalidConfig", "command: must not be empty")
+        return Session(command, process.ended, stdin=stdin)
 
     async def logs(
         self, sandbox_id: str, container: str, *, follow: bool, tail_lines: int, timestamps: bool
     ) -> AsyncIterator[bytes]:
-        async with self._failpoints.at("logs"):
-            sandbox = self._known(sandbox_id)
-            told = (-1, 0)  # attempt and number of the last line
-            tail = tail_lines
-            while True:
-                # Taken before the look: the consumer of what is yielded may be slow.
-                change = sandbox.change()
-                removed = self._sandboxes.get(sandbox_id) is not sandbox
-                over = removed or (sandbox.process is not None and not sandbox.runs)
-                now = time.time()
-                fresh = [
-                    (process.attempt, *found)
-                    for process in sandbox.attempts(container)
-                    for found in process.lines(now)
-                    if (process.attempt, found[0]) > told
-                ]
-                for attempt, number, written, line in fresh[-tail:]:
-                    told = (attempt, number)
-                    stamp = f"{state.moment(written).isoformat()} " if timestamps else ""
-                    yield f"{stamp}{line.text}\n".encode()
-                tail = 0
-                if not follow or over:
-                    return
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(_until_next_line(sandbox, container, now)):
-                        await change.wait()
+        sandbox = self._known(sandbox_id)
+        told = (-1, 0)  # attempt and number of the last line
+        tail = tail_lines
+        while True:
+            # Taken before the look: the consumer of what is yielded may be slow.
+            change = sandbox.change()
+            removed = self._sandboxes.get(sandbox_id) is not sandbox
+            over = removed or (sandbox.process is not None and not sandbox.runs)
+            now = time.time()
+            fresh = [
+                (process.attempt, *found)
+                for process in sandbox.attempts(container)
+                for found in process.lines(now)
+                if (process.attempt, found[0]) > told
+            ]
+            for attempt, number, written, line in fresh[-tail:]:
+                told = (attempt, number)
+                stamp = f"{state.moment(written).isoformat()} " if timestamps else ""
+                yield f"{stamp}{line.text}\n".encode()
+            tail = 0
+            if not follow or over:
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_until_next_line(sandbox, container, now)):
+                    await change.wait()
 
     async def list(self) -> frozenset[str]:
-        async with self._failpoints.at("list"):
-            return frozenset(self._sandboxes)
+        return frozenset(self._sandboxes)
 
     # Inside
 
