@@ -19,8 +19,11 @@ NODE_LOST = "ShimLost"
 START_ERROR = "StartError"
 
 # A node's clock may differ from ours: an exit this much before the deadline still counts as the deadline's.
-CLOCK_SKEW = timedelta(seconds=2)
+CLOCK_SKEW_SECONDS = 2.0
 MAX_BACKOFF_SECONDS = 3600.0
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# The first and last second that a datetime and a Timestamp can hold: the years 1 and 9999.
+_EARLIEST, _LATEST = -62_135_596_800, 253_402_300_799
 
 Wish = Literal["Running", "Paused", "Stopped"]
 LIVE = (node_pb2.STATE_RUNNING, node_pb2.STATE_PAUSED)
@@ -42,11 +45,18 @@ class Ending:
 
 
 def moment(stamp: Timestamp) -> datetime:
-    """A protobuf timestamp as an aware datetime; a time out of range becomes the nearest that is in it."""
+    """A protobuf timestamp as an aware datetime; what is out of range becomes the nearest that is in it."""
+    seconds = max(_EARLIEST, min(stamp.seconds, _LATEST))
+    nanos = max(0, min(stamp.nanos, 999_999_999))
+    return _EPOCH + timedelta(seconds=seconds, microseconds=nanos // 1000)
+
+
+def later(at: datetime, seconds: float) -> datetime:
+    """`seconds` after `at`, which a node may have set to any time; the end of all time where that is past it."""
     try:
-        return stamp.ToDatetime(tzinfo=UTC)
-    except (ValueError, OverflowError):
-        return datetime.max.replace(tzinfo=UTC) if stamp.seconds > 0 else datetime.min.replace(tzinfo=UTC)
+        return at + timedelta(seconds=seconds)
+    except OverflowError:
+        return datetime.max.replace(tzinfo=UTC)
 
 
 def shut_down_due(o: Observation) -> bool:
@@ -122,7 +132,7 @@ def _ended_by_deadline(o: Observation, record: node_pb2.SandboxRecord, at: datet
     limit = o.sandbox.spec.active_deadline_seconds
     if limit is None or wish(o) == "Stopped" or not record.HasField("started_at"):
         return False
-    return at + CLOCK_SKEW >= moment(record.started_at) + timedelta(seconds=limit)
+    return later(at, CLOCK_SKEW_SECONDS) >= later(moment(record.started_at), limit)
 
 
 def deadline(o: Observation) -> datetime | None:
@@ -130,7 +140,7 @@ def deadline(o: Observation) -> datetime | None:
     limit = o.sandbox.spec.active_deadline_seconds
     if limit is None or not isinstance(o.record, Present) or not o.record.record.HasField("started_at"):
         return None
-    return moment(o.record.record.started_at) + timedelta(seconds=limit)
+    return later(moment(o.record.record.started_at), limit)
 
 
 def restart_wanted(o: Observation) -> bool:
@@ -150,7 +160,7 @@ def recreation_due(o: Observation) -> datetime | None:
         return None
     # float ** may overflow; the bound is reached long before.
     factor = 2.0 ** min(o.assignment.recreations, 32)
-    return end.at + timedelta(seconds=min(policy.backoff_seconds * factor, MAX_BACKOFF_SECONDS))
+    return later(end.at, min(policy.backoff_seconds * factor, MAX_BACKOFF_SECONDS))
 
 
 def expiry(o: Observation) -> datetime | None:
@@ -158,7 +168,7 @@ def expiry(o: Observation) -> datetime | None:
     ttl, end = o.sandbox.spec.ttl_seconds_after_finished, recorded_ending(o)
     if ttl is None or end is None or not finished_for_good(o):
         return None
-    return end.at + timedelta(seconds=ttl)
+    return later(end.at, ttl)
 
 
 def finished_for_good(o: Observation) -> bool:
@@ -173,7 +183,7 @@ def finished_for_good(o: Observation) -> bool:
 def forget_due(o: Observation) -> datetime | None:
     """When the node may forget an instance whose end is safe in the API."""
     end = recorded_ending(o)
-    return None if end is None else end.at + timedelta(seconds=o.retention)
+    return None if end is None else later(end.at, o.retention)
 
 
 def next_look(o: Observation) -> float | None:
