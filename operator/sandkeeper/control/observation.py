@@ -13,6 +13,7 @@ from datetime import datetime
 
 from sandkeeper.api import Sandbox
 from sandkeeper.wire import node_pb2
+from sandkeeper.wire.ids import valid_node_name
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -99,9 +100,10 @@ class Assignment:
         counts = [raw.get("instance"), raw.get("recreations", 0)]
         if not all(isinstance(word, str) for word in words):
             return None
-        if not all(type(count) is int and 0 <= count < 2**32 for count in counts):
+        # The status has to hold them as well: int32, and the name of a SandboxNode.
+        if not all(type(count) is int and 0 <= count < 2**31 for count in counts):
             return None
-        if not raw["node"] or raw["instance"] < 1:
+        if not valid_node_name(raw["node"]) or raw["instance"] < 1:
             return None
         return cls(
             uid=uid,
