@@ -34,6 +34,7 @@ READY, PROGRESSING, FAILED, UNKNOWN = Verdict.READY, Verdict.PROGRESSING, Verdic
 UNSCHEDULABLE = "Unschedulable"
 # What waits for room or for nodes is looked at again after this; most changes wake it sooner.
 RETRY_SECONDS = 10.0
+_MAX_WORD = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +66,17 @@ def rest(o: Observation) -> Plan:
 def restore_assignment(o: Observation) -> Plan:
     """Write the annotation anew from what the newest record on a node says, else from the status."""
     status = o.sandbox.status
-    message = f"annotation was lost; restored from {'the node' if o.holdings else 'the status'}"
-    if o.holdings:
-        node, record = max(o.holdings, key=lambda holding: (holding[1].owner.instance, holding[0]))
+    holdings = r.holdings(o)
+    message = f"annotation was lost; restored from {'the node' if holdings else 'the status'}"
+    if holdings:
+        node, record = max(holdings, key=lambda holding: (holding[1].owner.instance, holding[0]))
         found = Assignment(
             uid=o.uid,
             node=node,
             instance=record.owner.instance,
-            digest=record.digest,
-            runtime=record.runtime,
+            # An annotation has room for what we wrote, not for whatever a node may say.
+            digest=record.digest[:_MAX_WORD],
+            runtime=record.runtime[:_MAX_WORD],
             recreations=status.recreations,
         )
         return Plan(Assign(found), message)
@@ -202,6 +205,10 @@ def resume(o: Observation) -> Plan:
     return Plan(Resume())
 
 
+def wait_for_known_state(o: Observation) -> Plan:
+    return Plan(Rest(), f"the node says state {r.state(o)}, which this operator does not know")
+
+
 def say_invalid(o: Observation) -> Plan:
     return Plan(Rest(), o.invalid)
 
@@ -273,11 +280,12 @@ RULES = (
     Rule(r.crash_looping, "CrashLoopBackOff", PROGRESSING, wait_for_restart),
     Rule(r.frozen, "Paused", READY, rest),
     Rule(r.running, "Running", READY, rest),
+    Rule(r.state_not_known, "UnknownState", UNKNOWN, wait_for_known_state),
 )
 
 
 def matching_rule(o: Observation) -> Rule:
-    """The rule that decides. One always applies: the last ones cover every state that a record can have."""
+    """The rule that decides. One always applies: the last ones cover every number that a state can be."""
     return next(rule for rule in RULES if rule.when(o))
 
 

@@ -17,6 +17,7 @@ from sandkeeper.control.lifespan import (
 from sandkeeper.control.observation import Absent, Observation, Present, Unknown
 from sandkeeper.wire import node_pb2
 
+MAX_INSTANCE = 2**31 - 1  # status.instance is an int32
 CRASH_LOOP = "CrashLoopBackOff"
 FENCED = "Fenced"
 
@@ -37,7 +38,12 @@ def live(o: Observation) -> bool:
 def assignment_restorable(o: Observation) -> bool:
     """The annotation was wiped or spoiled (kubectl replace does that), but a node or the status has what it
     said."""
-    return o.assignment_lost and (bool(o.holdings) or status_names_instance(o))
+    return o.assignment_lost and (bool(holdings(o)) or status_names_instance(o))
+
+
+def holdings(o: Observation) -> tuple[tuple[str, node_pb2.SandboxRecord], ...]:
+    """The records of this object on any node that name an instance."""
+    return tuple(each for each in o.holdings if 1 <= each[1].owner.instance <= MAX_INSTANCE)
 
 
 def status_names_instance(o: Observation) -> bool:
@@ -237,3 +243,8 @@ def frozen(o: Observation) -> bool:
 
 def running(o: Observation) -> bool:
     return state(o) == node_pb2.STATE_RUNNING
+
+
+def state_not_known(o: Observation) -> bool:
+    """A state that this operator has no word for: the shim is newer than it."""
+    return state(o) not in node_pb2.State.values()

@@ -44,6 +44,9 @@ from sandkeeper.wire import node_pb2
 ConditionStatus = Literal["True", "False", "Unknown"]
 
 _REASON = re.compile(r"[A-Za-z](?:[A-Za-z0-9]{0,126}[A-Za-z0-9])?")
+_LABEL = re.compile(r"[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?")
+# The schema's: what every JSON number can hold exactly.
+_MAX_INT = 2**53 - 1
 _CONTAINER_STATES = {
     node_pb2.CONTAINER_STATE_RUNNING: "Running",
     node_pb2.CONTAINER_STATE_EXITED: "Exited",
@@ -119,7 +122,7 @@ def _conditions(o: Observation, decision: Decision, end: Ending | None) -> tuple
             conditions, type_, status, reason, message, now=o.now, observed_generation=o.generation
         )
 
-    silent = rules.node_silent(o) and end is None
+    silent = end is None and (rules.node_silent(o) or rules.state_not_known(o))
     if o.assignment is not None:
         put(SCHEDULED, "True", "Assigned", f"instance {o.assignment.instance} is on node {o.assignment.node}")
     elif reason == UNSCHEDULABLE:
@@ -181,13 +184,15 @@ def _containers(o: Observation, record: node_pb2.SandboxRecord) -> tuple[Contain
     """The record's containers, those only that the spec's schema could name, each name once."""
     seen: dict[str, ContainerStatus] = {}
     for container in record.containers[:16]:
+        if not _LABEL.fullmatch(container.name):
+            continue
         exited = container.HasField("exit")
         state = _CONTAINER_STATES.get(container.state, "Waiting")
         runs = state == "Running"
         if runs and rules.frozen(o):
             state = "Paused"
         seen[container.name] = ContainerStatus(
-            name=container.name[:63] or "unnamed",
+            name=container.name,
             state=state,
             pid=container.pid or None if runs else None,
             restart_count=min(container.restart_count, 2**31 - 1),
@@ -210,9 +215,9 @@ def _usage(record: node_pb2.SandboxRecord | None) -> Usage | None:
         return None
     usage = record.usage
     return Usage(
-        cpu_usage_milliseconds=min(usage.cpu_usage_usec // 1000, 2**63 - 1),
-        memory_bytes=min(usage.memory_bytes, 2**63 - 1),
-        pids=min(usage.pids, 2**63 - 1),
+        cpu_usage_milliseconds=min(usage.cpu_usage_usec // 1000, _MAX_INT),
+        memory_bytes=min(usage.memory_bytes, _MAX_INT),
+        pids=min(usage.pids, _MAX_INT),
         sampled_at=_moment(usage.sampled_at) if usage.HasField("sampled_at") else None,
     )
 

@@ -246,6 +246,7 @@ ROWS: list[tuple[Observation, Callable[[Observation], bool], str, Verdict, type[
     (see(record=record(S.STATE_PAUSED)), r.resume_wanted, "Resuming", Verdict.PROGRESSING, Resume),
     (see(record=record(S.STATE_PAUSED), spec=PAUSED), r.frozen, "Paused", Verdict.READY, Rest),
     (see(record=RUNNING), r.running, "Running", Verdict.READY, Rest),
+    (see(record=record(99)), r.state_not_known, "UnknownState", Verdict.UNKNOWN, Rest),
 ]  # fmt: skip
 
 
