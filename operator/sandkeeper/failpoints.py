@@ -36,6 +36,7 @@ _ACTIONS = frozenset({"off", "error", "delay", "hang", "lose", "panic"})
 _KILLED = 137
 
 Failure = Callable[[str], Exception]
+Note = dict[str, object]
 
 
 @dataclass(slots=True)
@@ -110,26 +111,31 @@ class Effects:
             self._trace = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
     @asynccontextmanager
-    async def at(self, name: str, subject: str, failure: Failure) -> AsyncIterator[None]:
-        """Around one effect on `subject`. Raises what `failure` makes of a message, before it or (lose) after it."""
+    async def at(self, name: str, subject: str, failure: Failure) -> AsyncIterator[Note]:
+        """Around one effect on `subject`. Raises what `failure` makes of a message, before it or (lose) after it.
+
+        What is put into the note that it yields is in the trace as well.
+        """
         term = self._next(name)
         if term is not None and term.action == "hang":
             await asyncio.Event().wait()
         if term is not None and term.action == "delay":
             await asyncio.sleep(float(term.argument))
         self._before(name, term, failure)
-        yield
-        self._after(name, subject, term, failure)
+        note: Note = {"effect": name, "subject": subject}
+        yield note
+        self._after(note, term, failure)
 
     @contextmanager
-    def at_once(self, name: str, subject: str, failure: Failure) -> Iterator[None]:
+    def at_once(self, name: str, subject: str, failure: Failure) -> Iterator[Note]:
         """The same for what is no coroutine, such as a write to the disk."""
         term = self._next(name)
         if term is not None and term.action in ("hang", "delay"):
             time.sleep(float(term.argument or 1e9))
         self._before(name, term, failure)
-        yield
-        self._after(name, subject, term, failure)
+        note: Note = {"effect": name, "subject": subject}
+        yield note
+        self._after(note, term, failure)
 
     def _next(self, name: str) -> Term | None:
         term = next((each for each in self._terms.get(name, ()) if each.left != 0), None)
@@ -145,13 +151,13 @@ class Effects:
         if term.action == "panic" and not term.argument:
             os._exit(_KILLED)
 
-    def _after(self, name: str, subject: str, term: Term | None, failure: Failure) -> None:
+    def _after(self, note: Note, term: Term | None, failure: Failure) -> None:
         if self._trace >= 0:
-            line = {"effect": name, "subject": subject, "pid": os.getpid(), "at": time.time()}
+            line = {**note, "process": os.getpid(), "at": time.time()}
             os.write(self._trace, f"{json.dumps(line)}\n".encode())
         if term is None:
             return
         if term.action == "lose":
-            raise failure(term.argument or f"{name}: lose")
+            raise failure(term.argument or f"{note['effect']}: lose")
         if term.action == "panic":
             os._exit(_KILLED)

@@ -12,7 +12,7 @@ from typing import Any
 from sandkeeper.api import ASSIGNMENT_ANNOTATION
 from sandkeeper.control.kube import Kube, Unavailable
 from sandkeeper.control.ports import Raw
-from sandkeeper.failpoints import Effects
+from sandkeeper.failpoints import Effects, Note
 from sandkeeper.wire import node_pb2
 from sandkeeper.wire.client import ShimClient
 from sandkeeper.wire.errors import DeadlineExceeded
@@ -75,7 +75,7 @@ class FaultyShim(ShimClient):
         super().__init__(*args, **options)
         self._effects = effects
 
-    def _at(self, name: str, owner: OwnerKey) -> AbstractAsyncContextManager[None]:
+    def _at(self, name: str, owner: OwnerKey) -> AbstractAsyncContextManager[Note]:
         return self._effects.at(name, owner.sandbox_id, DeadlineExceeded)
 
     async def create(self, owner: OwnerKey, config: node_pb2.SandboxConfig, /, **options: Any) -> str:

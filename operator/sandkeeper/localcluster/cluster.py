@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -184,9 +184,14 @@ class LocalCluster:
         """Calls to one shim, without the operator."""
         return ShimCalls(f"127.0.0.1:{self.plan.shim_ports[index]}", self.nodes[index], self.tls)
 
-    def start_shim(self, index: int) -> None:
-        """Starts it and waits until it serves."""
-        self._spawn_shim(index)
+    def start_shim(
+        self, index: int, *, env: Mapping[str, str] | None = None, under: Sequence[str] = ()
+    ) -> None:
+        """Starts it and waits until it serves.
+
+        env: settings beyond those of `up`, for this start alone. under: a program that starts it, with arguments.
+        """
+        self._spawn_shim(index, env, under)
         self._wait_shim(index)
 
     def kill_shim(self, index: int) -> None:
@@ -202,7 +207,9 @@ class LocalCluster:
             self.processes.kill(name)
         self.start_shim(index)
 
-    def _spawn_shim(self, index: int) -> None:
+    def _spawn_shim(
+        self, index: int, more: Mapping[str, str] | None = None, under: Sequence[str] = ()
+    ) -> None:
         name, plan = self.nodes[index], self.plan
         node = self.node_folder(index)
         ca = self._ca()
@@ -222,7 +229,7 @@ class LocalCluster:
             env["OCI__CGROUP_PARENT"] = self.cgroup_parent(index)
         for folder in (node / "state", node / "run"):
             folder.mkdir(parents=True, exist_ok=True)
-        self._spawn(name, "shim", "SANDKEEPER_SHIM_", {**env, **plan.shim_env})
+        self._spawn(name, "shim", "SANDKEEPER_SHIM_", {**env, **plan.shim_env, **(more or {})}, under)
 
     def _wait_shim(self, index: int) -> None:
         name, deadline = self.nodes[index], time.monotonic() + READY_TIMEOUT
@@ -251,19 +258,20 @@ class LocalCluster:
 
     # The operator
 
-    def start_operator(self) -> None:
-        """Starts it unless it runs, and waits until it says that it is ready."""
+    def start_operator(self, *, env: Mapping[str, str] | None = None, under: Sequence[str] = ()) -> None:
+        """Starts it unless it runs, and waits until it says that it is ready. env, under: as of start_shim."""
         plan = self.plan
         if not self.processes.alive(OPERATOR):
-            env = {
+            settings = {
                 "KUBECONFIG": str(self.kubeconfig),
                 "TLS_CA": str(self.tls.ca),
                 "TLS_CERT": str(self.tls.cert),
                 "TLS_KEY": str(self.tls.key),
                 "HTTP_PORT": str(plan.operator_port),
                 **plan.operator_env,
+                **(env or {}),
             }
-            self._spawn(OPERATOR, "operator", "SANDKEEPER_OPERATOR_", env)
+            self._spawn(OPERATOR, "operator", "SANDKEEPER_OPERATOR_", settings, under)
         deadline = time.monotonic() + READY_TIMEOUT
         while not self._operator_ready():
             self.processes.check(OPERATOR)
@@ -296,10 +304,12 @@ class LocalCluster:
     def _plan_file(self) -> Path:
         return self.folder / "cluster.json"
 
-    def _spawn(self, name: str, command: str, prefix: str, settings: Mapping[str, str]) -> None:
+    def _spawn(
+        self, name: str, command: str, prefix: str, settings: Mapping[str, str], under: Sequence[str]
+    ) -> None:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("SANDKEEPER_")}
         named = {k if k.startswith("SANDKEEPER_") else prefix + k: v for k, v in settings.items()}
-        argv = [sys.executable, "-m", "sandkeeper.cli.main", command]
+        argv = [*under, sys.executable, "-m", "sandkeeper.cli.main", command]
         self.processes.spawn(name, argv, env={**inherited, **named})
 
     def _ca(self) -> pki.CA:

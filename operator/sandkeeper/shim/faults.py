@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import Path
 
-from sandkeeper.failpoints import Effects
+from sandkeeper.failpoints import Effects, Note
 from sandkeeper.shim.engines.base import (
     Engine,
     EngineError,
@@ -64,7 +64,7 @@ class FaultyRecords(Records):
         super().__init__(state_dir)
         self._effects = effects
 
-    def _at(self, name: str, subject: str) -> AbstractContextManager[None]:
+    def _at(self, name: str, subject: str) -> AbstractContextManager[Note]:
         return self._effects.at_once(name, subject, _input_output_error)
 
     def create(self, saved: Saved) -> None:
@@ -92,7 +92,7 @@ class FaultyEngine(Engine):
         self._effects = effects
         self.name = inner.name  # type: ignore[misc]  # it passes for the other
 
-    def _at(self, name: str, subject: str = "") -> AbstractAsyncContextManager[None]:
+    def _at(self, name: str, subject: str = "") -> AbstractAsyncContextManager[Note]:
         return self._effects.at(name, subject, _engine_error)
 
     async def open(self) -> None:
@@ -114,14 +114,16 @@ class FaultyEngine(Engine):
             return await self._inner.prepare(sandbox_id, config, progress)
 
     async def start(self, sandbox_id: str, config: node_pb2.SandboxConfig) -> int:
-        async with self._at("start", sandbox_id):
-            return await self._inner.start(sandbox_id, config)
+        async with self._at("start", sandbox_id) as note:
+            note["pid"] = pid = await self._inner.start(sandbox_id, config)
+        return pid
 
     async def start_container(
         self, sandbox_id: str, config: node_pb2.SandboxConfig, container: str, attempt: int
     ) -> int:
-        async with self._at("start_container", f"{sandbox_id}/{container}/{attempt}"):
-            return await self._inner.start_container(sandbox_id, config, container, attempt)
+        async with self._at("start_container", f"{sandbox_id}/{container}/{attempt}") as note:
+            note["pid"] = pid = await self._inner.start_container(sandbox_id, config, container, attempt)
+        return pid
 
     async def inspect(self, sandbox_id: str, container: str, attempt: int) -> ProcessState:
         async with self._at("inspect", sandbox_id):

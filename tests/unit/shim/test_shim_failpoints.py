@@ -171,6 +171,6 @@ def test_the_trace_has_what_happened_and_only_that(tmp_path: Path) -> None:
         with contextlib.suppress(OSError), effects.at_once("start", "box", OSError):
             pass
     lines = [json.loads(line) for line in (tmp_path / "effects").read_text().splitlines()]
-    assert [(each["effect"], each["subject"], each["pid"]) for each in lines] == [
+    assert [(each["effect"], each["subject"], each["process"]) for each in lines] == [
         ("start", "box", os.getpid())
     ] * 2
