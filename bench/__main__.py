@@ -1,7 +1,7 @@
 """`make bench`: the figures that the README states, into build/bench.json.
 
-Every figure is a ratio or a split within one run on one machine: a floor sample (bare conmon + runtime) and a
-Sandbox sample alternate, so that both meet the same noise.
+Every figure is a ratio, a count or a cost within one run on one machine. Parts can be run alone (--only); their
+figures take the place of those that they gave before.
 """
 
 from __future__ import annotations
@@ -9,182 +9,173 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
-import shutil
-import statistics
-import subprocess
-import tempfile
+import signal
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Coroutine
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from bench.floor import Floor
-from sandkeeper import __version__
-from sandkeeper.localcluster import gobuild
+from bench import bars, burst, clusters, exits, machine, plot, readopt, restart, scale, single
+from bench.clusters import say
+from bench.result import Result
 from sandkeeper.localcluster.cluster import LocalCluster
-from sandkeeper.localcluster.watching import Marks, Watcher, manifest, watching
-
-ROOT = Path(__file__).resolve().parents[1]
-LOAD = round(os.getloadavg()[0], 2)
-WARM_UP = 5  # the first ones unpack the image and open connections, and are not counted
 
 
-@dataclass
-class Samples:
-    """Seconds."""
-
-    floor: list[float] = field(default_factory=list)
-    ways: list[Marks] = field(default_factory=list)
-    gone: list[float] = field(default_factory=list)
-    writes: list[int] = field(default_factory=list)
-    burst: list[Marks] = field(default_factory=list)
-    burst_took: float = 0.0
-    burst_gone: float = 0.0
+class Work(Protocol):
+    def __call__(self, cluster: LocalCluster) -> Coroutine[Any, Any, Result]: ...
 
 
-def percentile(samples: Sequence[float], share: float) -> float:
-    """Nearest rank, in the unit of the samples."""
-    ordered = sorted(samples)
-    return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
+@dataclass(frozen=True, slots=True)
+class Part:
+    name: str
+    what: str
+    cluster: Any  # which of `clusters`
+    full: Work
+    quick: Work
 
 
-def steps(way: Marks) -> dict[str, float]:
-    """Seconds from each mark to the next. `create` can be a little below 0: `assign` ends when the watch shows it,
-    and the shim may have the call by then."""
-    marks = (0.0, way.accepted, way.assigned, way.created, way.started, way.ready)
-    names = ("accept", "assign", "create", "start", "status")
-    return {name: after - before for name, (before, after) in zip(names, pairwise(marks), strict=True)}
+PARTS = (
+    Part(
+        "single",
+        "one at a time, beside the floor",
+        clusters.real,
+        lambda c: single.run(c, 200),
+        lambda c: single.run(c, 20),
+    ),
+    Part(
+        "burst",
+        "50 at once, 200 through 50",
+        clusters.real,
+        lambda c: burst.run(c, 50, 200),
+        lambda c: burst.run(c, 10, 20),
+    ),
+    Part(
+        "exits",
+        "exit -> status",
+        clusters.real,
+        lambda c: exits.run(c, 200, 50),
+        lambda c: exits.run(c, 20, 10),
+    ),
+    Part(
+        "readopt",
+        "a shim killed with 100 sandboxes running",
+        clusters.real,
+        lambda c: readopt.run(c, 100),
+        lambda c: readopt.run(c, 10),
+    ),
+    Part(
+        "crowd",
+        "1,000 and 5,000 at once on 20 simulated nodes",
+        clusters.simulated,
+        lambda c: scale.at_once(c, [1000, 5000]),
+        lambda c: scale.at_once(c, [100, 200]),
+    ),
+    Part(
+        "restart",
+        "a new operator with 1,000 running",
+        clusters.simulated,
+        lambda c: restart.run(c, 1000),
+        lambda c: restart.run(c, 100),
+    ),
+    Part(
+        "rounds",
+        "ten rounds of 1,000 created and deleted",
+        clusters.simulated,
+        lambda c: scale.rounds(c, 1000, 10),
+        lambda c: scale.rounds(c, 100, 3),
+    ),
+    # Last on its cluster: it leaves its Sandboxes.
+    Part(
+        "growth",
+        "up to 10,000, and those at rest",
+        clusters.simulated,
+        lambda c: scale.growth(c, 1000, 10_000),
+        lambda c: scale.growth(c, 100, 300),
+    ),
+)
 
 
-def figures(samples: Samples) -> dict[str, float]:
-    """Plain numbers, all of them; the unit is the end of the name."""
-    ready, floor = [way.ready for way in samples.ways], percentile(samples.floor, 0.5)
-    p50, p99 = percentile(ready, 0.5), percentile(ready, 0.99)
-    count = len(samples.burst)
-    found = {
-        "floor_p50_ms": 1000 * floor,
-        "ready_p50_ms": 1000 * p50,
-        "ready_p99_ms": 1000 * p99,
-        "ready_p50_over_floor": p50 / floor,
-        "ready_p99_over_p50": p99 / p50,
-        "gone_p50_ms": 1000 * percentile(samples.gone, 0.5),
-        "writes_to_ready": statistics.median(samples.writes),
-    }
-    parts = [steps(way) for way in samples.ways]
-    for name in parts[0]:
-        found[f"stage_{name}_p50_ms"] = 1000 * percentile([part[name] for part in parts], 0.5)
-    if count:
-        at_once = [way.ready for way in samples.burst]
-        found |= {
-            f"burst{count}_per_s": count / samples.burst_took,
-            f"burst{count}_p50_ms": 1000 * percentile(at_once, 0.5),
-            f"burst{count}_gone_s": samples.burst_gone,
-        }
-    return {name: round(value, 3) for name, value in found.items()}
+def run(parts: list[Part], document: dict[str, Any], *, quick: bool) -> None:
+    """Runs them, those that follow each other on the same kind of cluster on one; merges what comes of each."""
+    left = list(parts)
+    while left:
+        kind = left[0].cluster
+        context: AbstractContextManager[LocalCluster] = kind()
+        with context as cluster:
+            document.setdefault("versions", {}).update(machine.versions(cluster))
+            while left and left[0].cluster is kind:
+                part = left.pop(0)
+                say(f"{part.name}: {part.what}")
+                load, began = machine.load(), time.monotonic()
+                result = asyncio.run((part.quick if quick else part.full)(cluster))
+                merge(
+                    document,
+                    part.name,
+                    result,
+                    {
+                        "commit": machine.commit(),
+                        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+                        "took_s": round(time.monotonic() - began, 1),
+                        "load_1min_before": load,
+                    },
+                )
 
 
-async def measure(cluster: LocalCluster, floor: Floor, count: int, burst: int) -> Samples:
-    samples = Samples()
-    async with watching(cluster.kubeconfig, "default") as watcher:
-        for number in range(WARM_UP + count):
-            await one(watcher, floor, number, samples if number >= WARM_UP else Samples())
-        names = [f"burst-{number}" for number in range(burst)]
-        began = time.perf_counter()
-        samples.burst = await asyncio.gather(*(watcher.create_until_ready(manifest(name)) for name in names))
-        samples.burst_took = time.perf_counter() - began
-        began = time.perf_counter()
-        await asyncio.gather(*(watcher.delete_until_gone(name) for name in names))
-        samples.burst_gone = time.perf_counter() - began
-    return samples
-
-
-async def one(watcher: Watcher, floor: Floor, number: int, samples: Samples) -> None:
-    name = f"one-{number}"
-    samples.floor.append(await floor.sample(number))
-    samples.ways.append(await watcher.create_until_ready(manifest(name)))
-    samples.writes.append(watcher.writes[name] - 1)  # its creation is the client's own
-    samples.gone.append(await watcher.delete_until_gone(name))
-
-
-def run(cluster: LocalCluster, folder: Path, count: int, burst: int) -> dict[str, Any]:
-    """The whole document. The floor has the shim's own runtime and monitor."""
-    with cluster.shim(0) as shim:
-        info = shim.info()
-    floor = Floor(folder / "floor", runtime=program(info.default_runtime), conmon=program("conmon"))
-    samples = asyncio.run(measure(cluster, floor, count, burst))
-    milliseconds = {
-        "floor": samples.floor,
-        "ready": [way.ready for way in samples.ways],
-        "gone": samples.gone,
-        "burst": [way.ready for way in samples.burst],
-    }
-    return {
-        "figures": figures(samples),
-        "samples": {
-            name: [round(1000 * each, 3) for each in values] for name, values in milliseconds.items()
-        },
-        "versions": {
-            "sandkeeper": __version__,
-            "python": platform.python_version(),
-            **{each.name: each.version for each in info.runtimes if each.ready},
-            "conmon": first_line(program("conmon"), "--version"),
-            "etcd": first_line(str(cluster.api.tools["etcd"].path), "--version"),
-            "kube-apiserver": api_version(cluster),
-        },
-        "machine": {
-            "cpus": os.cpu_count(),
-            "memory_mib": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 20,
-            "kernel": info.kernel_version,
-            "architecture": info.architecture,
-            "load_1min_before": LOAD,
-        },
-    }
-
-
-def api_version(cluster: LocalCluster) -> str:
-    said = first_line(str(cluster.api.tools["kube-apiserver"].path), "--version")
-    if "$Format" not in said:
-        return said
-    # Built here from its Go module, which knows its version only by go.mod.
-    pins = (gobuild.MODULE / "go.mod").read_text().split()
-    return f"Kubernetes {pins[pins.index('k8s.io/kubernetes') + 1]} (built from its module)"
-
-
-def program(name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
-        raise SystemExit(f"bench: {name} is not in PATH")
-    return found
-
-
-def first_line(*command: str) -> str:
-    answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/", timeout=30)
-    return answer.stdout.splitlines()[0].strip()
+def merge(document: dict[str, Any], part: str, result: Result, about: dict[str, Any]) -> None:
+    """Puts a part's result in the place of the one before."""
+    parts, figures = document.setdefault("parts", {}), document.setdefault("figures", {})
+    for name in parts.get(part, {}).get("figures", ()):
+        figures.pop(name, None)
+    figures |= result.figures
+    document.setdefault("samples", {})[part] = result.samples
+    if result.curve:
+        document["curve"] = result.curve
+    parts[part] = {**about, "figures": sorted(result.figures)}
+    document["machine"] = machine.machine()
 
 
 def main() -> None:
+    names = [part.name for part in PARTS]
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--count", type=int, default=60, help="Sandboxes one at a time")
-    parser.add_argument("--burst", type=int, default=50, help="Sandboxes at once; 0: none")
-    parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench.json")
+    parser.add_argument("--only", default=",".join(names), help=f"parts, of: {', '.join(names)}")
+    parser.add_argument(
+        "--quick", action="store_true", help="small numbers, to see that it runs; nothing is kept"
+    )
+    parser.add_argument("--strict", action="store_true", help="exit status 1 where a bar does not hold")
+    parser.add_argument("--output", type=Path, default=machine.ROOT / "build" / "bench.json")
+    parser.add_argument("--plot", type=Path, help="draw the growth curve to this PNG")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="sbx-bench-") as name:
-        folder = Path(name)
-        cluster = LocalCluster(folder / "c")
-        try:
-            cluster.up(shims=1, engine="oci", say=lambda line: print(f"==> {line}", flush=True))
-            result = run(cluster, folder, options.count, options.burst)
-        finally:
-            cluster.down()
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
-    for key, value in result["figures"].items():
-        print(f"  {key:<24} {value:>10}")
-    print(f"==> {options.output}")
+    chosen = set(filter(None, options.only.split(",")))
+    if unknown := chosen - set(names):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is taken down
+    document: dict[str, Any] = {}
+    if options.output.exists() and not options.quick:
+        document = json.loads(options.output.read_text())
+        if "parts" not in document:
+            document = {}  # of a bench before there were parts
+    try:
+        run([part for part in PARTS if part.name in chosen], document, quick=options.quick)
+    finally:
+        if document and not options.quick:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            options.output.write_text(json.dumps(document, indent=1) + "\n")
+    figures = document.get("figures", {})
+    if options.plot and document.get("curve"):
+        plot.draw(document["curve"], options.plot)
+    for name, value in figures.items():
+        print(f"  {name:<32} {value:>12}")
+    for line in bars.table(figures):
+        print(line)
+    missed = bars.missed(figures)
+    if missed:
+        say(f"Bars that do not hold: {', '.join(missed)}")
+    if options.strict and missed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def _moment(text: str) -> float:
     return datetime.fromisoformat(text).timestamp()
 
 
-def _connection(kubeconfig: Path) -> tuple[str, ssl.SSLContext]:
+def connection(kubeconfig: Path) -> tuple[str, ssl.SSLContext]:
     config = yaml.safe_load(kubeconfig.read_text())
     cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
     context = ssl.create_default_context(cafile=cluster["certificate-authority"])
@@ -205,7 +205,7 @@ def _connection(kubeconfig: Path) -> tuple[str, ssl.SSLContext]:
 @asynccontextmanager
 async def watching(kubeconfig: Path, namespace: str) -> AsyncIterator[Watcher]:
     """A Watcher on a local cluster (its kubeconfig names files: CA, client certificate and key)."""
-    server, context = _connection(kubeconfig)
+    server, context = connection(kubeconfig)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context, limit=0)) as session:
         watcher, started = Watcher(session, server, namespace), asyncio.Event()
 

@@ -1,0 +1,68 @@
+"""Real Sandboxes at once, and many of them through a window."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+
+from bench.result import Result, milliseconds
+from sandkeeper.localcluster.cluster import LocalCluster
+from sandkeeper.localcluster.watching import Marks, Watcher, manifest, watching
+
+ROUNDS = 5
+
+
+async def run(cluster: LocalCluster, at_once: int, through: int) -> Result:
+    """`at_once` created at the same moment, several rounds; then `through` of them, never more than `at_once` on
+    the way to Ready."""
+    result = Result()
+    rates: list[float] = []
+    ready: list[float] = []
+    gone: list[float] = []
+    async with watching(cluster.kubeconfig, "default") as watcher:
+        await _round(watcher, "warm", min(at_once, 10))
+        for number in range(ROUNDS):
+            took, ways, went = await _round(watcher, f"burst-{number}", at_once)
+            rates.append(at_once / took)
+            ready += [way.ready for way in ways]
+            gone.append(went)
+        window = asyncio.Semaphore(at_once)
+
+        async def one(name: str) -> Marks:
+            async with window:
+                return await watcher.create_until_ready(manifest(name))
+
+        names = [f"through-{number}" for number in range(through)]
+        began = time.perf_counter()
+        ways = await asyncio.gather(*(one(name) for name in names))
+        took = time.perf_counter() - began
+        began = time.perf_counter()
+        went_each = await asyncio.gather(*(watcher.delete_until_gone(name) for name in names))
+        went = time.perf_counter() - began
+    result.figure(
+        **{
+            f"burst{at_once}_per_s": statistics.median(rates),
+            **milliseconds(f"burst{at_once}", ready, 0.5, 0.99),
+            f"burst{at_once}_gone_s": statistics.median(gone),
+            f"through{through}_per_s": through / took,
+            **milliseconds(f"through{through}", [way.ready for way in ways], 0.5, 0.99),
+            f"through{through}_gone_s": went,
+            **milliseconds(f"through{through}_gone", went_each, 0.5, 0.99),
+        }
+    )
+    result.sample("burst", ready)
+    result.sample("through", [way.ready for way in ways])
+    result.samples["burst_rates_per_s"] = [round(rate, 2) for rate in rates]
+    return result
+
+
+async def _round(watcher: Watcher, prefix: str, count: int) -> tuple[float, list[Marks], float]:
+    """Seconds until all were Ready, each one's marks, seconds until all were gone."""
+    names = [f"{prefix}-{number}" for number in range(count)]
+    began = time.perf_counter()
+    ways = await asyncio.gather(*(watcher.create_until_ready(manifest(name)) for name in names))
+    took = time.perf_counter() - began
+    began = time.perf_counter()
+    await asyncio.gather(*(watcher.delete_until_gone(name) for name in names))
+    return took, ways, time.perf_counter() - began

@@ -1,0 +1,45 @@
+"""The clusters that the parts run on, each with a fresh folder and nothing left of it afterwards."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sandkeeper.localcluster.cluster import LocalCluster
+
+SIMULATED_SHIMS = 20
+_MEMORY = Path("/dev/shm")  # noqa: S108
+
+
+def say(line: str) -> None:
+    print(f"==> {line}", flush=True)
+
+
+@contextmanager
+def real() -> Iterator[LocalCluster]:
+    """One node with the oci engine."""
+    with tempfile.TemporaryDirectory(prefix="sbx-bench-") as name:
+        cluster = LocalCluster(Path(name) / "c")
+        try:
+            cluster.up(shims=1, engine="oci", tied=True, say=say)
+            yield cluster
+        finally:
+            cluster.down(delete=False)
+
+
+@contextmanager
+def simulated(shims: int = SIMULATED_SHIMS) -> Iterator[LocalCluster]:
+    """Nodes without containers, each a shim process of its own. In memory where there is room: one disk would
+    have to fsync for all of them."""
+    folder = _MEMORY if _MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="sbx-bench-", dir=folder) as name:
+        cluster = LocalCluster(Path(name) / "c")
+        try:
+            cluster.up(shims=shims, engine="simulated", tied=True, say=say)
+            yield cluster
+        finally:
+            for node in cluster.nodes:  # nothing runs there: what was simulated need not be shut down
+                cluster.processes.kill(node)
+            cluster.down(delete=False)

@@ -1,0 +1,121 @@
+"""What a cluster costs, seen from outside: CPU and memory from /proc, writes from the API server's own metrics."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandkeeper.localcluster.cluster import OPERATOR, LocalCluster
+
+_TICK = os.sysconf("SC_CLK_TCK")
+_WRITES = frozenset({"POST", "PUT", "PATCH", "APPLY", "DELETE", "DELETECOLLECTION"})
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+_REQUESTS = "apiserver_request_total{"
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """CPU seconds, user and system, that the parts of a cluster have used."""
+
+    operator: float
+    apiserver: float
+    etcd: float
+    shims: float
+    client: float
+
+    def __sub__(self, other: Cpu) -> Cpu:
+        return Cpu(
+            self.operator - other.operator,
+            self.apiserver - other.apiserver,
+            self.etcd - other.etcd,
+            self.shims - other.shims,
+            self.client - other.client,
+        )
+
+    def each(self, count: int) -> dict[str, float]:
+        """Milliseconds per Sandbox, by part."""
+        parts = ("operator", "apiserver", "etcd", "shims", "client")
+        return {f"{part}_cpu_ms": 1000 * getattr(self, part) / count for part in parts}
+
+
+def cpu(cluster: LocalCluster) -> Cpu:
+    pids = cluster.status()
+    return Cpu(
+        operator=_cpu_of(pids[OPERATOR]),
+        apiserver=_cpu_of(pids["kube-apiserver"]),
+        etcd=_cpu_of(pids["etcd"]),
+        shims=sum(_cpu_of(pids[name]) for name in cluster.nodes),
+        client=_cpu_of(os.getpid()),
+    )
+
+
+def _cpu_of(pid: int | None) -> float:
+    if pid is None:
+        return 0.0
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICK
+
+
+class Memory:
+    """The operator's resident memory, in MiB."""
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        self._folder = Path(f"/proc/{cluster.status()[OPERATOR]}")
+
+    def forget_peak(self) -> None:
+        (self._folder / "clear_refs").write_text("5")  # proc(5)
+
+    def now(self) -> float:
+        return self._field("VmRSS")
+
+    def peak(self) -> float:
+        """Since the last `forget_peak`."""
+        return self._field("VmHWM")
+
+    def _field(self, name: str) -> float:
+        for line in (self._folder / "status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) / 1024
+        raise ValueError(f"{self._folder}/status has no {name}")
+
+
+class Writes:
+    """Writes that the API server has taken since `start`, but for those of its own (Leases)."""
+
+    def __init__(self, cluster: LocalCluster) -> None:
+        self._cluster = cluster
+        self._before: Counter[str] = Counter()
+        self.start()
+
+    def start(self) -> None:
+        self._before = self._read()
+
+    def since(self) -> Counter[str]:
+        """By "VERB resource/subresource"; refused ones count too."""
+        return self._read() - self._before
+
+    def _read(self) -> Counter[str]:
+        return parse_writes(self._cluster.kubectl("get", "--raw", "/metrics"))
+
+
+def parse_writes(exposition: str) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for line in exposition.splitlines():
+        if not line.startswith(_REQUESTS):
+            continue
+        labels, _, value = line.rpartition(" ")
+        named = dict(_LABEL.findall(labels))
+        if named["verb"] in _WRITES and named["resource"] != "leases":
+            sub = f"/{named['subresource']}" if named["subresource"] else ""
+            found[f"{named['verb']} {named['resource']}{sub}"] += round(float(value))
+    return found
+
+
+def of_sandboxes(writes: Counter[str]) -> int:
+    """The operator's: all but the creations and deletions of Sandboxes, which are the client's, and what is
+    written of nodes, which does not grow with the Sandboxes."""
+    others = ("POST sandboxes", "DELETE sandboxes")
+    return sum(count for what, count in writes.items() if what not in others and "sandboxnodes" not in what)
