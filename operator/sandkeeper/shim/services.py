@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 
 from sandkeeper.shim import node
 from sandkeeper.shim.changes import LIVE
@@ -265,6 +266,6 @@ def _config(options: any_pb2.Any) -> node_pb2.SandboxConfig | None:
     try:
         if options.Is(config.DESCRIPTOR) and options.Unpack(config):
             return config
-    except ValueError:
-        pass  # DecodeError: the right type, but not its bytes
+    except DecodeError:
+        pass  # the right type, but not its bytes
     raise BadRequest(f"options must be a {config.DESCRIPTOR.full_name}, not {options.type_url!r}")
