@@ -102,7 +102,13 @@ def wait_for_every_node(o: Observation) -> Plan:
 
 def wait_for_node(o: Observation) -> Plan:
     name = o.assignment.node if o.assignment else ""
-    return Plan(Rest(), f"node {name} does not answer; what is on it is not known")
+    # Of a node that is lost the return is told. One call that failed nothing tells of.
+    reachable = o.node is not None and o.node.reachable
+    return Plan(
+        Rest(),
+        f"node {name} does not answer; what is on it is not known",
+        requeue_after=RETRY_SECONDS if reachable else None,
+    )
 
 
 def release(o: Observation) -> Plan:

@@ -57,7 +57,8 @@ class NodeLink:
     """Follows one shim from `start` to `stop`.
 
     `on_records(uids)` is called with the owners of records that changed, `on_state(link)` when the node
-    becomes reachable or unreachable or says something new of itself. Both must be quick.
+    becomes reachable or unreachable or says something new of itself, `on_resumed()` when the line is whole
+    again after a break, however short. All must be quick.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class NodeLink:
         timing: Timing,
         on_records: Callable[[Iterable[str]], None],
         on_state: Callable[[NodeLink], None],
+        on_resumed: Callable[[], None],
         observe: Callable[[str, str, str, float], None] | None = None,
     ) -> None:
         self.name = name
@@ -85,6 +87,7 @@ class NodeLink:
         self._timing = timing
         self._on_records = on_records
         self._on_state = on_state
+        self._on_resumed = on_resumed
         self._observe = observe
         self._records: dict[str, node_pb2.SandboxRecord] = {}
         self._prints: dict[str, bytes] = {}
@@ -180,10 +183,13 @@ class NodeLink:
             meanwhile, self._meanwhile = self._meanwhile or [], None
         self._take(listed, meanwhile)
         self._listed_at = asked
-        self._following = True
+        resumed, self._following = not self._following, True
         news = info != self.info
         self.info = info
         self._judge(READY, "the shim answers", news)
+        if resumed:
+            # What was Unknown and is now Absent no record tells: whoever found it so waits for a word.
+            self._on_resumed()
         self.tried.set()
 
     async def _follow(self, line: LinkClient) -> None:

@@ -81,6 +81,7 @@ class Nodes:
             timing=self._timing,
             on_records=self._on_records,
             on_state=lambda link: self._told(name, link),
+            on_resumed=lambda: self._on_node(name),
             observe=self._observe,
         )
         self._nodes[name] = _Node(body, link)

@@ -336,6 +336,9 @@ def test_the_grace_period_is_todays() -> None:
         (see(status=ended("Error", 1), spec=RECREATE), 10.001),
         (see(status=ended(), record=record(S.STATE_EXITED, exit=(0, "")), retention=20), 20.001),
         (see(assigned=False, nodes=()), 10.0),
+        # A lost node's return is told; a call to a node that answers failed, and nothing else tells of that.
+        (see(node=SILENT, record=Unknown()), None),
+        (see(record=Unknown()), 10.0),
     ],
 )
 def test_when_to_look_again(observation: Observation, seconds: float | None) -> None:

@@ -294,6 +294,20 @@ async def test_while_the_line_is_broken_nothing_is_called_absent() -> None:
         assert isinstance(w.nodes.record("a", "u1-1"), Present)
 
 
+async def test_when_the_line_is_whole_again_everybody_looks() -> None:
+    """Also for a node that was reachable all the time: what it did not say in between it says now."""
+    async with world("a") as w:
+        shim = w.shims["a"]
+        await w.until(lambda: shim.watched)
+        shim.down = True
+        shim.tell(Unavailable("cut"))
+        await w.until(lambda: isinstance(w.nodes.record("a", "u1-1"), Unknown))
+        told = len(w.nodes_changed)
+        shim.down = False
+        await w.until(lambda: len(w.nodes_changed) > told)
+        assert isinstance(w.nodes.record("a", "u1-1"), Absent)
+
+
 async def test_a_restarted_shim_is_listed_anew() -> None:
     async with world("a") as w:
         shim = w.shims["a"]
