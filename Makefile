@@ -9,7 +9,7 @@ KEEP ?=
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench crds stubs lock setup lint unit clean
+.PHONY: help demo test faults check bench crds stubs lock setup lint unit clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ demo: setup ## From kubectl apply to an exit status in the object, on a real API
 
 test: setup check ## All tests: unit, then against a real API server with crun and runc
 	@$(py) -m pytest tests --ignore=tests/unit $(PYTEST_ARGS)
+
+faults: setup ## Every fault at every effect, and a table of what held (half an hour)
+	@$(py) -m pytest tests/faults --faults=all $(PYTEST_ARGS)
 
 check: $(VENV)/.ready ## All that needs no cluster: lint, types, layers, drift, unit tests
 	@$(bin)/ruff check .

@@ -72,10 +72,12 @@ class LocalCluster:
         """Starts all and returns when every node is Ready. Again on one that is up: starts what is missing.
 
         shim_env, operator_env: settings beyond ours, as SANDKEEPER_SHIM_* and SANDKEEPER_OPERATOR_*.
-        tied: API server and etcd end with this process. Raises ProcessDied, NotReady, BinariesError, KubectlError.
+        tied: API server and etcd end with this process. Raises ProcessDied, NotReady, BinariesError, KubectlError,
+        PermissionError.
         """
         say = say or (lambda _line: None)
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._must_be_ours()
         if not self._plan_file.exists():
             ports = free_ports(shims + 1)
             plan = Plan(
@@ -258,8 +260,13 @@ class LocalCluster:
 
     # The operator
 
-    def start_operator(self, *, env: Mapping[str, str] | None = None, under: Sequence[str] = ()) -> None:
-        """Starts it unless it runs, and waits until it says that it is ready. env, under: as of start_shim."""
+    def start_operator(
+        self, *, env: Mapping[str, str] | None = None, under: Sequence[str] = (), ready: bool = True
+    ) -> None:
+        """Starts it unless it runs, and waits until it says that it is ready.
+
+        env, under: as of start_shim. ready=False: does not wait, for one that may die on the way.
+        """
         plan = self.plan
         if not self.processes.alive(OPERATOR):
             settings = {
@@ -273,7 +280,7 @@ class LocalCluster:
             }
             self._spawn(OPERATOR, "operator", "SANDKEEPER_OPERATOR_", settings, under)
         deadline = time.monotonic() + READY_TIMEOUT
-        while not self._operator_ready():
+        while ready and not self._operator_ready():
             self.processes.check(OPERATOR)
             if time.monotonic() > deadline:
                 raise NotReady(f"operator: {self.processes.tail(OPERATOR)}")
@@ -299,6 +306,12 @@ class LocalCluster:
         return True
 
     # Parts of the above
+
+    def _must_be_ours(self) -> None:
+        """Its default lies in the temporary folder, where anybody may have made it. Raises PermissionError."""
+        found = self.folder.stat()
+        if found.st_uid != os.getuid() or found.st_mode & 0o022:
+            raise PermissionError(f"{self.folder} must belong to this user and be writable by nobody else")
 
     @property
     def _plan_file(self) -> Path:

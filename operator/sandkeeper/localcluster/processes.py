@@ -45,6 +45,7 @@ class Processes:
         """
         if self.alive(name):
             raise RuntimeError(f"{name} runs already")
+        self._forget(name)  # one that died by itself
         if tied and (setpriv := shutil.which("setpriv")):  # util-linux; execs, so the pid stays
             argv = [setpriv, "--pdeathsig", "KILL", "--", *argv]
         for folder in (self._logs, self._state):

@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
+
 from sandkeeper.localcluster.cluster import LocalCluster, Plan
 from sandkeeper.localcluster.demo import table
 from sandkeeper.localcluster.watching import Marks, assigned, condition, manifest, ready
@@ -74,3 +76,12 @@ def test_a_manifest_is_a_valid_sandbox() -> None:
 
     sandbox = Sandbox.model_validate(manifest("a", "sh", "-c", "exit 3", memory="32Mi"))
     assert sandbox.spec.containers[0].command == ("sh", "-c", "exit 3")
+
+
+def test_a_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(PermissionError, match="writable by nobody else"):
+        LocalCluster(folder).up()
+    assert list(folder.iterdir()) == []
