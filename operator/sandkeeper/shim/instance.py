@@ -53,10 +53,11 @@ class Node:
 class Instance:
     """Any method may be called by any number of callers at once, and again after it failed."""
 
-    def __init__(self, node: Node, saved: Saved) -> None:
+    def __init__(self, node: Node, saved: Saved, *, found: bool) -> None:
+        """found: on disk, by a start of the shim."""
         self._node = node
         self._engine = node.engine
-        self._kept = Kept(node.records, node.journal, saved)
+        self._kept = Kept(node.records, node.journal, saved, durable=found)
         self._step = asyncio.Lock()
         self._tasks = Tasks(saved.record.sandbox_id)
         # Prepared, or failed, or found to take a while: Create may answer.
@@ -101,6 +102,16 @@ class Instance:
             self._creation = asyncio.create_task(self._create())
         await asyncio.shield(self._creation)
         await self._settled.wait()
+
+    @property
+    def durable(self) -> bool:
+        """A kill of the shim would not lose it: it may be told of."""
+        return self._kept.durable
+
+    async def recorded(self) -> None:
+        """Returns when it is on disk. Raises OSError where it cannot be recorded, and so will never be."""
+        if self._creation is not None:
+            await asyncio.shield(self._creation)
 
     async def prepared(self) -> None:
         """Returns when it is CREATED, or FAILED, or further."""

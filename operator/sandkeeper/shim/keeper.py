@@ -60,7 +60,7 @@ class Keeper:
                 log.warning("half-made sandbox removed", extra={"sandbox": sandbox_id})
                 self._records.remove(sandbox_id)
             else:
-                self._sandboxes[sandbox_id] = Instance(self._node, saved)
+                self._sandboxes[sandbox_id] = Instance(self._node, saved, found=True)
         for leftover in await self.engine.list() - self._sandboxes.keys():
             log.warning("leftover without a record removed", extra={"sandbox": leftover})
             await self.engine.remove(leftover)
@@ -83,7 +83,8 @@ class Keeper:
     # Sandboxes
 
     def all(self) -> tuple[Instance, ...]:
-        return tuple(self._sandboxes.values())
+        """Every one that is on disk."""
+        return tuple(each for each in self._sandboxes.values() if each.durable)
 
     def get(self, sandbox_id: str, owner: OwnerKey | None) -> Instance:
         """The sandbox that a call means. Raises UnknownSandbox; WrongState where it is another owner's."""
@@ -117,7 +118,7 @@ class Keeper:
         if instance is None:
             self._admit(owner)
             record = changes.new_record(sandbox_id, config, datetime.now(UTC))
-            instance = Instance(self._node, Saved(config, record, Asked()))
+            instance = Instance(self._node, Saved(config, record, Asked()), found=False)
             self._sandboxes[sandbox_id] = instance
         elif instance.record.digest != config.digest or instance.record.owner != config.owner:
             raise Taken(f"sandbox {sandbox_id!r} exists with another digest or owner")
@@ -132,7 +133,9 @@ class Keeper:
         """Raises WrongState for an instance that a later one has replaced, NotReady while an earlier one is
         still here, Full."""
         if owner is not None:
-            kept = [i.record.owner.instance for i in self.all() if i.record.owner.uid == owner.uid]
+            kept = [
+                i.record.owner.instance for i in self._sandboxes.values() if i.record.owner.uid == owner.uid
+            ]
             highest = max([self._records.fence(owner.uid), *kept])
             if owner.instance < highest:
                 raise WrongState(f"instance {owner.instance} is older than {highest}, which was seen already")
@@ -163,7 +166,7 @@ class Keeper:
 
     async def _collect(self) -> None:
         used = {c.image_id for i in self.all() for c in i.record.containers if c.image_id}
-        if any(i.record.state == node_pb2.STATE_PREPARING for i in self.all()):
+        if any(i.record.state == node_pb2.STATE_PREPARING for i in self._sandboxes.values()):
             return  # what it fetches is not in any record yet
         await self.engine.collect(frozenset(used))
 

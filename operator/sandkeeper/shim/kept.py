@@ -13,13 +13,15 @@ from sandkeeper.wire import node_pb2
 class Kept:
     """`record` is replaced as a whole, never changed in place: whoever holds one may keep it."""
 
-    def __init__(self, records: Records, journal: Journal, saved: Saved) -> None:
+    def __init__(self, records: Records, journal: Journal, saved: Saved, *, durable: bool) -> None:
+        """durable: it is on disk already."""
         self.config = saved.config
         self.record = saved.record
         self.asked: Asked = saved.asked
         self._records = records
         self._journal = journal
         self._disk = asyncio.Lock()
+        self._durable = durable
         self._forgotten = False
 
     @property
@@ -32,6 +34,11 @@ class Kept:
         return self.record.state in changes.LIVE
 
     @property
+    def durable(self) -> bool:
+        """It has been written once. Before, a kill would leave nothing of it, and nobody may hear of it."""
+        return self._durable
+
+    @property
     def forgotten(self) -> bool:
         return self._forgotten
 
@@ -39,6 +46,7 @@ class Kept:
         """Writes it for the first time. Updates wait for that. Raises OSError."""
         async with self._disk:
             await asyncio.to_thread(self._records.create, self._saved(self.record))
+            self._durable = True
             self._journal.changed(self.record)
 
     async def update(self, change: changes.Change, *, sync: bool = False) -> None:
@@ -81,7 +89,7 @@ class Kept:
 
     def _become(self, fresh: node_pb2.SandboxRecord) -> None:
         before, self.record = self.record, fresh
-        if before != fresh:
+        if before != fresh and self._durable:
             self._journal.changed(fresh)
 
     def _saved(self, record: node_pb2.SandboxRecord) -> Saved:

@@ -113,7 +113,9 @@ class Controller(controller_pb2_grpc.ControllerServicer):
     async def Status(
         self, request: controller_pb2.ControllerStatusRequest, context: Context
     ) -> controller_pb2.ControllerStatusResponse:
-        record = self._of(request, context).record
+        instance = self._of(request, context)
+        await instance.recorded()
+        record = instance.record
         status = controller_pb2.ControllerStatusResponse(
             sandbox_id=record.sandbox_id,
             pid=record.pid,

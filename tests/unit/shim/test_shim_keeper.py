@@ -120,6 +120,25 @@ async def test_create_many_at_once_makes_one(make: Make) -> None:
     assert len({id(each) for each in made}) == 1
 
 
+async def test_nobody_hears_of_what_is_not_on_disk_yet(make: Make) -> None:
+    """A kill now would leave nothing of it: then nothing may have been said of it."""
+    keeper = await make(failpoints={"record_create": "1*delay(0.2)"}, simulated={"image_seconds": 0.05})
+    told = keeper.journal.sequence
+    creating = asyncio.create_task(keeper.create(OWNER.sandbox_id, config(FOREVER), OWNER))
+    await until(lambda: keeper._sandboxes)
+    status = asyncio.create_task(keeper.get(OWNER.sandbox_id, OWNER).recorded())
+    while not creating.done():
+        on_disk = list(keeper.settings.state_dir.glob("sandboxes/*/record.json"))
+        if not on_disk:
+            assert keeper.all() == ()
+            assert keeper.journal.sequence == told
+            assert not status.done()
+        await asyncio.sleep(0.005)
+    await status
+    assert keeper.all() == (creating.result(),)
+    assert keeper.journal.sequence > told
+
+
 @pytest.mark.parametrize(
     ("sandbox_id", "change", "names"),
     [

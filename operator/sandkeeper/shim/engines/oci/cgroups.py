@@ -1,6 +1,6 @@
 """The cgroups of sandboxes, on v1 (also hybrid) and v2.
 
-/<parent>/monitors          conmon and the sandbox processes: out of the shim's own cgroup,
+/<parent>/_monitors         conmon and the sandbox processes: out of the shim's own cgroup,
                             so that nothing that ends the shim's cgroup ends them
 /<parent>/<sandbox>         one per sandbox: what is measured and frozen
 /<parent>/<sandbox>/<name>  one per container, made and limited by the runtime
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
 import time
@@ -18,7 +19,8 @@ from pathlib import Path
 
 from sandkeeper.shim.engines.base import EngineError, UsageSample
 
-MONITORS = "monitors"
+# No identifier, so that no sandbox is called so.
+MONITORS = "_monitors"
 _V2_CONTROLLERS = ("cpu", "memory", "pids", "io", "cpuset")
 
 
@@ -32,10 +34,14 @@ def find_mounts(mountinfo: str) -> tuple[tuple[Mount, ...], Path | None]:
     """From /proc/self/mountinfo (proc(5)): the v1 hierarchies, and where v2 is mounted, if anywhere."""
     v1: dict[frozenset[str], Mount] = {}
     v2: Path | None = None
-    for line in mountinfo.splitlines():
+    # Only what the kernel itself escapes divides: a mount point may hold any other character.
+    for line in mountinfo.split("\n"):
         left, _, right = line.partition(" - ")
-        point = Path(left.split()[4])
-        kind, _, options = right.split(maxsplit=2)
+        mount, source = left.split(" "), right.split(" ", 2)
+        if len(mount) < 5 or len(source) < 3:
+            continue
+        point = Path(_ESCAPED.sub(lambda found: chr(int(found[1], 8)), mount[4]))
+        kind, _, options = source
         if kind == "cgroup":
             words = options.split(",")
             names = frozenset(word for word in words if word not in _MOUNT_OPTIONS)
@@ -45,6 +51,7 @@ def find_mounts(mountinfo: str) -> tuple[tuple[Mount, ...], Path | None]:
     return tuple(v1.values()), v2
 
 
+_ESCAPED = re.compile(r"\\([0-3][0-7]{2})")
 _MOUNT_OPTIONS = frozenset(("rw", "ro", "xattr", "clone_children", "noprefix", "favordynmods"))
 
 
@@ -52,8 +59,9 @@ class Cgroups:
     """parent: name of the cgroup above all sandboxes."""
 
     def __init__(self, parent: str, *, mountinfo: str | None = None) -> None:
-        text = Path("/proc/self/mountinfo").read_text() if mountinfo is None else mountinfo
-        self.hierarchies, unified = find_mounts(text)
+        if mountinfo is None:
+            mountinfo = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
+        self.hierarchies, unified = find_mounts(mountinfo)
         self.parent = parent
         self.v2 = not self.hierarchies
         if self.v2:

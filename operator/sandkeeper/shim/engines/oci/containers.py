@@ -28,6 +28,7 @@ from sandkeeper.shim.engines.oci.processes import ProcessRef, read_json, reap, w
 from sandkeeper.shim.engines.oci.seccomp import Seccomp
 from sandkeeper.shim.engines.oci.threads import Threads
 from sandkeeper.wire import node_pb2
+from sandkeeper.wire.ids import valid_id
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +63,6 @@ def read_image(folder: ContainerFolder) -> Image | None:
     return Image(document["digest"], Path(document["rootfs"]), ImageConfig(**config))
 
 
-def sandbox_hostname(sandbox_id: str, config: node_pb2.SandboxConfig) -> str:
-    return (config.hostname or config.owner.name or sandbox_id)[:63].rstrip("-.") or "sandbox"
-
-
 def container_config(config: node_pb2.SandboxConfig, name: str) -> node_pb2.ContainerConfig:
     for container in config.containers:
         if container.name == name:
@@ -90,16 +87,12 @@ class Containers:
     ) -> None:
         """Everything that needs no process. Raises EngineError `InvalidConfig`, `InvalidImage`."""
         folder = self.folder(sandbox_id)
-        for container in config.containers:
-            rootfs.check(images[container.name].rootfs)
-            spec.check_mounts(config, container)
-            # Built once for its checks: what it lacks yet is the sandbox process's pid.
-            self._spec(folder, config, container, images[container.name], 0, ())
+        self.check(sandbox_id, config, images)
         folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_json(folder.prepared, {"runtime": runtime})
         self._cgroups.make(sandbox_id)
         host_network = config.network == node_pb2.NETWORK_HOST
-        filesystems.make_etc(folder, sandbox_hostname(sandbox_id, config), host_network=host_network)
+        filesystems.make_etc(folder, spec.host_name(sandbox_id, config), host_network=host_network)
         filesystems.make_volumes(folder, config, self._options)
         for container in config.containers:
             image, below = images[container.name], folder.container(container.name)
@@ -108,6 +101,22 @@ class Containers:
             if below.attempt(0).started.exists():
                 continue
             filesystems.make_attempt(below.attempt(0), str(image.rootfs))
+
+    def check(
+        self, sandbox_id: str, config: node_pb2.SandboxConfig, images: Mapping[str, Image]
+    ) -> dict[str, dict[str, Any]]:
+        """Raises EngineError `InvalidConfig` or `InvalidImage` for what can never run.
+
+        Returns the OCI configurations by container: whole but for the sandbox process's pid and the binds.
+        """
+        folder = self.folder(sandbox_id)
+        spec.check_volumes(config)
+        found = {}
+        for container in config.containers:
+            rootfs.check(images[container.name].rootfs)
+            spec.check_mounts(config, container)
+            found[container.name] = self._spec(folder, config, container, images[container.name], 0, ())
+        return found
 
     def _spec(
         self,
@@ -120,9 +129,8 @@ class Containers:
         root: str = "rootfs",
     ) -> dict[str, Any]:
         user = rootfs.resolve_user(image.rootfs, image.config.user)
-        known_gid = None
-        if container.security_context.HasField("run_as_user"):
-            known_gid = rootfs.resolve_user(image.rootfs, str(container.security_context.run_as_user)).gid
+        uid, _ = spec.asked_ids(container)
+        known_gid = rootfs.resolve_user(image.rootfs, str(uid)).gid if uid is not None else None
         joined = dict(pause.NAMESPACES)
         if config.network == node_pb2.NETWORK_HOST:
             if not self._options.allow_host_network:
@@ -131,7 +139,7 @@ class Containers:
         around = spec.Surroundings(
             rootfs=root,
             user=spec.identity(container, user, known_gid),
-            hostname=sandbox_hostname(folder.sandbox_id, config),
+            hostname=spec.host_name(folder.sandbox_id, config),
             cgroups_path=self._cgroups.path(folder.sandbox_id, container.name),
             namespaces={kind: f"/proc/{sandbox_pid}/ns/{name}" for kind, name in joined.items()},
             cgroup_v2=self._cgroups.v2,
@@ -164,7 +172,7 @@ class Containers:
                 or self._options.catatonit,
                 self._options.root_dir,
                 sandbox_id,
-                sandbox_hostname(sandbox_id, config),
+                spec.host_name(sandbox_id, config),
                 own_network=config.network != node_pb2.NETWORK_HOST,
             )
         )
@@ -327,11 +335,12 @@ class Containers:
             reap(ref.pid)
 
     def list(self) -> frozenset[str]:
+        """Sandboxes of which anything is left. What has another name (`lost+found`) is not ours."""
         try:
             folders = {each.name for each in (self._options.root_dir / "sandboxes").iterdir()}
         except FileNotFoundError:
             folders = set()
-        return frozenset(folders) | self._cgroups.list()
+        return frozenset(filter(valid_id, folders | self._cgroups.list()))
 
 
 def _discard(path: Path) -> None:

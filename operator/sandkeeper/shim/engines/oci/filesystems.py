@@ -13,7 +13,7 @@ from sandkeeper.shim.engines.base import EngineError
 from sandkeeper.shim.engines.oci import kernel, rootfs
 from sandkeeper.shim.engines.oci.folders import AttemptFolder, SandboxFolder
 from sandkeeper.shim.engines.oci.options import Options
-from sandkeeper.shim.engines.oci.spec import Bind, check_path
+from sandkeeper.shim.engines.oci.spec import ETC_FILES, Bind, check_mount_path
 from sandkeeper.wire import node_pb2
 
 _HOST_RESOLV_CONF = Path("/etc/resolv.conf")
@@ -80,18 +80,19 @@ def make_volumes(folder: SandboxFolder, config: node_pb2.SandboxConfig, options:
 def binds(
     sandbox: SandboxFolder, attempt: AttemptFolder, container: node_pb2.ContainerConfig
 ) -> tuple[Bind, ...]:
-    """The mounts of a container: /etc's files and its volumes, sub-paths opened safely and pinned."""
-    found = [
-        Bind(str(sandbox.etc / name), f"/etc/{name}", read_only=True)
-        for name in ("hosts", "hostname", "resolv.conf")
-    ]
+    """The mounts of a container: /etc's files and its volumes, sub-paths opened safely and pinned.
+
+    What is mounted later hides what is below it, so that the shorter path comes first.
+    """
+    found = [Bind(str(sandbox.etc / name), f"/etc/{name}", read_only=True) for name in ETC_FILES]
     for index, mount in enumerate(container.volume_mounts):
         field = f"containers[{container.name}].volumeMounts[{index}]"
         source = sandbox.volume(mount.name)
         if mount.sub_path:
             source = _pin(sandbox.volume(mount.name), mount.sub_path, attempt.subpaths / str(index), field)
-        found.append(Bind(str(source), check_path(f"{field}.mountPath", mount.mount_path), mount.read_only))
-    return tuple(found)
+        target = check_mount_path(f"{field}.mountPath", mount.mount_path)
+        found.append(Bind(str(source), target, mount.read_only))
+    return tuple(sorted(found, key=lambda bind: bind.target.count("/")))
 
 
 def _pin(volume: Path, sub_path: str, target: Path, field: str) -> Path:

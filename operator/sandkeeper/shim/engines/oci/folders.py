@@ -87,7 +87,7 @@ class ContainerFolder:
     def attempts(self) -> list[AttemptFolder]:
         """Those on disk, in order."""
         try:
-            numbers = sorted(int(each.name) for each in self.path.iterdir() if each.name.isdigit())
+            numbers = sorted(int(each.name) for each in self.path.iterdir() if each.name.isdecimal())
         except FileNotFoundError:
             return []
         return [self.attempt(number) for number in numbers]
@@ -101,9 +101,7 @@ class SandboxFolder:
     @classmethod
     def under(cls, root: Path, sandbox_id: str) -> SandboxFolder:
         """Raises EngineError `InvalidConfig` for an id that is no safe file name."""
-        if not valid_id(sandbox_id):
-            raise EngineError("InvalidConfig", f"sandbox_id: {sandbox_id!r} must be an identifier")
-        return cls(root / "sandboxes" / sandbox_id, sandbox_id)
+        return cls(root / "sandboxes" / _safe("sandbox_id", sandbox_id), sandbox_id)
 
     @property
     def prepared(self) -> Path:
@@ -133,13 +131,24 @@ class SandboxFolder:
         return self.path / "etc"
 
     def volume(self, name: str) -> Path:
-        return self.path / "volumes" / name
+        """Raises EngineError `InvalidConfig`, as `under`."""
+        return self.path / "volumes" / _safe("volumes[].name", name)
 
     def container(self, name: str) -> ContainerFolder:
-        return ContainerFolder(self.path / "containers" / name, self.sandbox_id, name)
+        """Raises EngineError `InvalidConfig`, as `under`."""
+        return ContainerFolder(
+            self.path / "containers" / _safe("containers[].name", name), self.sandbox_id, name
+        )
 
     def containers(self) -> list[ContainerFolder]:
         try:
-            return [self.container(each.name) for each in (self.path / "containers").iterdir()]
+            found = sorted(each.name for each in (self.path / "containers").iterdir())
         except FileNotFoundError:
             return []
+        return [self.container(name) for name in found if valid_id(name)]
+
+
+def _safe(field: str, name: str) -> str:
+    if not valid_id(name):
+        raise EngineError("InvalidConfig", f"{field}: {name[:100]!r} must be an identifier")
+    return name

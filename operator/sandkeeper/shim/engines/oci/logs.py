@@ -89,6 +89,7 @@ class _File:
             pieces += self._parser.feed(data)
         if self._fd >= 0 and os.fstat(self._fd).st_size < os.lseek(self._fd, 0, os.SEEK_CUR):
             os.lseek(self._fd, 0, os.SEEK_SET)  # truncated in place
+            self._parser = Parser(timestamps=self._timestamps)
         return pieces
 
     def close(self) -> None:

@@ -105,7 +105,7 @@ def _pid_of(answer: bytes | None, seconds: float) -> int:
         # `pid` until API version 1, `data` since.
         pid = int(document.get("data", document.get("pid", -1)))
         message = clean(str(document.get("message", "")))
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         pid, message = -1, clean(answer.decode(errors="replace"))
     if pid <= 0:
         raise EngineError("StartError", message or "conmon ended without a word")

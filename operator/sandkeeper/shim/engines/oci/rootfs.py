@@ -45,20 +45,26 @@ def open_beneath(folder: Path, relative: str, *, make: bool = False) -> int:
         for part in filter(None, relative.split("/")):
             if part in (".", ".."):
                 raise NotADirectoryError(20, "must not hold `.` or `..`")
-            if make:
-                try:
-                    os.mkdir(part, 0o777, dir_fd=fd)
-                except FileExistsError:
-                    pass
-                else:
-                    os.chmod(part, 0o777, dir_fd=fd, follow_symlinks=True)  # noqa: S103 - a volume's, for any user
+            made = make and _mkdir(part, fd)
             below = os.open(part, flags, dir_fd=fd)
             os.close(fd)
             fd = below
+            if made:
+                # By its descriptor: what runs beside may have put a link in its place.
+                Path(f"/proc/self/fd/{fd}").chmod(0o777)  # a volume's, for any user
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def _mkdir(name: str, parent: int) -> bool:
+    """Whether it was made, and not there already."""
+    try:
+        os.mkdir(name, 0o777, dir_fd=parent)
+    except FileExistsError:
+        return False
+    return True
 
 
 def read_text(rootfs: Path, relative: str) -> str:
@@ -90,7 +96,7 @@ def resolve_user(rootfs: Path, text: str) -> User:
         row = next((row for row in passwd if row[0] == name), None)
         if row is None and name.isdecimal():
             row = next((row for row in passwd if row[2] == name), None)
-            uid = int(name)
+            uid = _number(name, "uid")
         elif row is None:
             raise EngineError("InvalidConfig", f"image: user {name!r} is not in its /etc/passwd")
         if row is not None:
@@ -103,16 +109,16 @@ def resolve_user(rootfs: Path, text: str) -> User:
         if entry is not None:
             gid = _number(entry[2], "gid")
         elif group.isdecimal():
-            gid = int(group)
+            gid = _number(group, "gid")
         else:
             raise EngineError("InvalidConfig", f"image: group {group!r} is not in its /etc/group")
-        return User(_bounded(uid), _bounded(gid))
+        return User(uid, gid)
     member_of = {
-        int(row[2])
+        _number(row[2], "gid")
         for row in groups
         if login and len(row) > 3 and login in row[3].split(",") and row[2].isdecimal()
     }
-    return User(_bounded(uid), _bounded(gid), tuple(sorted(member_of - {gid})))
+    return User(uid, gid, tuple(sorted(member_of - {gid})))
 
 
 def _table(text: str, columns: int) -> list[list[str]]:
@@ -121,12 +127,8 @@ def _table(text: str, columns: int) -> list[list[str]]:
 
 
 def _number(text: str, what: str) -> int:
-    if not text.isdecimal():
-        raise EngineError("InvalidConfig", f"image: {what} {text!r} must be a number")
-    return int(text)
-
-
-def _bounded(number: int) -> int:
-    if number >= 2**31:
-        raise EngineError("InvalidConfig", f"image: user and group ids must be below 2^31, not {number}")
+    # int() takes no more than 4300 digits.
+    number = int(text) if text.isdecimal() and len(text) <= 10 else -1
+    if not 0 <= number < 2**31:
+        raise EngineError("InvalidConfig", f"image: {what} {text[:20]!r} must be a number below 2^31")
     return number

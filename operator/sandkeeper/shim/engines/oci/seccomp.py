@@ -50,6 +50,10 @@ def load(path: Path) -> dict[str, Any]:
         raise EngineError("NodeUnsupported", f"seccomp profile {path}: {error}") from None
     if not isinstance(profile, dict) or "defaultAction" not in profile:
         raise EngineError("NodeUnsupported", f"seccomp profile {path}: must have `defaultAction`")
+    try:
+        resolve(profile, frozenset())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EngineError("NodeUnsupported", f"seccomp profile {path}: {error!r}") from None
     return profile
 
 

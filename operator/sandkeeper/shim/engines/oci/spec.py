@@ -6,7 +6,8 @@ Source: OCI runtime-spec 1.0 (config.md, config-linux.md). Safe by default, as D
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,20 @@ MASKED_PATHS = (
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 _DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _KERNEL_FOLDERS = ("/proc", "/sys", "/dev")
-_MAX_ENV_BYTES = 1024 * 1024  # of Linux's ARG_MAX (a quarter of the stack limit, 2 MiB at most)
+SHM = "/dev/shm"  # noqa: S108
+# Files of /etc that are the sandbox's own.
+ETC_FILES = ("hosts", "hostname", "resolv.conf")
+# execve(2): both together have to fit in a quarter of the stack limit, 2 MiB; each string in 32 pages.
+_MAX_ENV_BYTES = 1024 * 1024
+_MAX_ARGUMENT_BYTES = 768 * 1024
+_MAX_STRING_BYTES = 128 * 1024
+_MAX_PATH_BYTES, _MAX_NAME_BYTES = 4095, 255  # limits.h: PATH_MAX without its NUL, NAME_MAX
+_MAX_ID = 2**31 - 1
+_MAX_CPU_MILLIS = 4096 * 1000
+_MAX_MEMORY_BYTES = 2**63 - 1
+_MAX_PIDS = 4194304  # the kernel's PID_MAX_LIMIT
+_MAX_CPU_SHARES = 2**18  # the kernel's
+_HOST_NAME = re.compile(r"[A-Za-z0-9](?:[-_.A-Za-z0-9]{0,61}[A-Za-z0-9])?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +88,11 @@ def check_path(field: str, path: str) -> str:
     """
     if "\0" in path or "\n" in path:
         raise invalid(field, "must not hold NUL or a line break")
+    raw = path.encode()
+    if len(raw) > _MAX_PATH_BYTES or any(len(part) > _MAX_NAME_BYTES for part in raw.split(b"/")):
+        raise invalid(
+            field, f"must be at most {_MAX_PATH_BYTES} bytes, and {_MAX_NAME_BYTES} between two `/`"
+        )
     if not path.startswith("/"):
         raise invalid(field, f"must be an absolute path, not {path!r}")
     if ".." in path.split("/"):
@@ -84,11 +103,29 @@ def check_path(field: str, path: str) -> str:
     return normal
 
 
+def check_mount_path(field: str, path: str) -> str:
+    """Where a volume may be: below the root, and not in place of what every container has mounted, /dev/shm
+    excepted. Returns it normalized. Raises EngineError `InvalidConfig` that names the field."""
+    target = path if path == SHM else check_path(field, path)
+    if target == "/":
+        raise invalid(field, "must not be the root")
+    if any(f"{target}/".startswith(f"/etc/{name}/") for name in ETC_FILES):
+        raise invalid(field, f"must not be one of the files in /etc that are the sandbox's own: {target!r}")
+    return target
+
+
 def check_sub_path(field: str, path: str) -> str:
     """A path below a volume. Raises EngineError `InvalidConfig` that names the field."""
     if "\0" in path or path.startswith("/") or any(part in ("..", ".") for part in path.split("/")):
         raise invalid(field, f"must be a relative path without `..`: {path!r}")
     return path
+
+
+def check_volumes(config: node_pb2.SandboxConfig) -> None:
+    """Raises EngineError `InvalidConfig` for a size that no volume can have."""
+    for volume in config.volumes:
+        if volume.size_limit_bytes < 0:
+            raise invalid(f"volumes[{volume.name}].sizeLimit", "must not be negative")
 
 
 def check_mounts(config: node_pb2.SandboxConfig, container: node_pb2.ContainerConfig) -> None:
@@ -99,9 +136,7 @@ def check_mounts(config: node_pb2.SandboxConfig, container: node_pb2.ContainerCo
         field = f"containers[{container.name}].volumeMounts[{index}]"
         if mount.name not in volumes:
             raise invalid(f"{field}.name", f"there is no volume {mount.name!r}")
-        target = check_path(f"{field}.mountPath", mount.mount_path)
-        if target == "/":
-            raise invalid(f"{field}.mountPath", "must not be the root")
+        target = check_mount_path(f"{field}.mountPath", mount.mount_path)
         if target in taken:
             raise invalid(f"{field}.mountPath", f"must be unique: {target!r}")
         taken.add(target)
@@ -136,7 +171,27 @@ def arguments(container: node_pb2.ContainerConfig, image: ImageConfig) -> list[s
         raise invalid(field, "must be set: the image names no command")
     if any("\0" in each for each in argv):
         raise invalid(field, "must not hold NUL")
+    if _too_long(argv, _MAX_ARGUMENT_BYTES):
+        raise invalid(field, "must be at most 128 KiB each, and 768 KiB in all with `args`")
     return argv
+
+
+def _too_long(strings: Iterable[str], most: int) -> bool:
+    """Whether execve(2) would refuse them: each takes a NUL and a pointer besides."""
+    sizes = [len(each.encode()) + 1 for each in strings]
+    return max(sizes, default=0) > _MAX_STRING_BYTES or sum(sizes) + 8 * len(sizes) > most
+
+
+def host_name(sandbox_id: str, config: node_pb2.SandboxConfig) -> str:
+    """The one asked for, else the owner's name, else the id. Raises EngineError `InvalidConfig`."""
+    if config.hostname:
+        if not _HOST_NAME.fullmatch(config.hostname):
+            raise invalid(
+                "hostname", f"must be at most 63 letters, digits, `-`, `.`, not {config.hostname!r}"
+            )
+        return config.hostname
+    candidates = (name[:63].rstrip("-._") for name in (config.owner.name, sandbox_id))
+    return next((name for name in candidates if _HOST_NAME.fullmatch(name)), "sandbox")
 
 
 def environment(container: node_pb2.ContainerConfig, image: ImageConfig, hostname: str) -> list[str]:
@@ -152,9 +207,25 @@ def environment(container: node_pb2.ContainerConfig, image: ImageConfig, hostnam
             raise invalid(field, "must have a name without `=`, and no NUL")
         values[variable.name] = variable.value
     result = [f"{name}={value}" for name, value in values.items()]
-    if sum(len(each.encode()) + 1 for each in result) > _MAX_ENV_BYTES:
-        raise invalid(f"containers[{container.name}].env", "must be at most 1 MiB in all")
+    if _too_long(result, _MAX_ENV_BYTES):
+        raise invalid(f"containers[{container.name}].env", "must be at most 128 KiB each, and 1 MiB in all")
     return result
+
+
+def asked_ids(container: node_pb2.ContainerConfig) -> tuple[int | None, int | None]:
+    """runAsUser and runAsGroup. Raises EngineError `InvalidConfig` for a number that no process can have."""
+    context = container.security_context
+    uid = context.run_as_user if context.HasField("run_as_user") else None
+    gid = context.run_as_group if context.HasField("run_as_group") else None
+    for name, number in (("runAsUser", uid), ("runAsGroup", gid)):
+        _within(f"containers[{container.name}].securityContext.{name}", number or 0, _MAX_ID)
+    return uid, gid
+
+
+def _within(field: str, number: int, most: int) -> int:
+    if not 0 <= number <= most:
+        raise invalid(field, f"must be from 0 to {most}, not {number}")
+    return number
 
 
 def identity(container: node_pb2.ContainerConfig, from_image: User, known_gid: int | None = None) -> User:
@@ -162,13 +233,13 @@ def identity(container: node_pb2.ContainerConfig, from_image: User, known_gid: i
 
     known_gid: the group that the image's /etc/passwd has for runAsUser.
     """
-    context = container.security_context
+    uid, gid = asked_ids(container)
     user = from_image
-    if context.HasField("run_as_user"):
-        user = User(context.run_as_user, known_gid or 0)
-    if context.HasField("run_as_group"):
-        user = User(user.uid, context.run_as_group, user.groups)
-    if context.run_as_non_root and user.uid == 0:
+    if uid is not None:
+        user = User(uid, known_gid or 0)
+    if gid is not None:
+        user = User(user.uid, gid, user.groups)
+    if container.security_context.run_as_non_root and user.uid == 0:
         raise invalid(
             f"containers[{container.name}].securityContext.runAsNonRoot",
             "the container would run as root: set runAsUser to a number above 0",
@@ -178,22 +249,23 @@ def identity(container: node_pb2.ContainerConfig, from_image: User, known_gid: i
 
 def resources(container: node_pb2.ContainerConfig, options: Options, swap_accounting: bool) -> dict[str, Any]:
     """cgroup limits from the container, else the node's default: always memory and pids, and CPU unless
-    the node's default is 0."""
-    asked = container.resources
-    cpu_millis = asked.cpu_millis or options.default_cpu_millis
-    memory = asked.memory_bytes or options.default_memory_bytes
+    the node's default is 0. Raises EngineError `InvalidConfig`: what is negative is no limit to the kernel."""
+    asked, field = container.resources, f"containers[{container.name}].resources.limits"
+    cpu_millis = _within(f"{field}.cpu", asked.cpu_millis, _MAX_CPU_MILLIS) or options.default_cpu_millis
+    memory = _within(f"{field}.memory", asked.memory_bytes, _MAX_MEMORY_BYTES) or options.default_memory_bytes
+    pids = _within(f"{field}.pids", asked.pids, _MAX_PIDS) or options.default_pids
     limits: dict[str, Any] = {"limit": memory}
     if swap_accounting:
         limits["swap"] = memory  # memory and swap together: no swap
     cpu = {
-        "shares": max(2, cpu_millis * 1024 // 1000),
+        "shares": min(max(2, cpu_millis * 1024 // 1000), _MAX_CPU_SHARES),
         "quota": max(1000, cpu_millis * 100),
         "period": 100_000,
     }
     return {
         "cpu": cpu if cpu_millis else {},
         "memory": limits,
-        "pids": {"limit": asked.pids or options.default_pids},
+        "pids": {"limit": pids},
         "devices": [{"allow": False, "access": "rwm"}],
     }
 
@@ -237,6 +309,7 @@ def build(
         namespaces.append({"type": "cgroup"})
     for kind, path in around.namespaces.items():
         namespaces.append({"type": kind, "path": path} if path else {"type": kind})
+    bound = {bind.target for bind in around.binds}
     return {
         # What every runtime in use reads: later versions refuse nothing of it.
         "ociVersion": "1.0.0",
@@ -245,7 +318,10 @@ def build(
             "path": around.rootfs,
             "readonly": container.security_context.read_only_root_filesystem,
         },
-        "mounts": [*_kernel_mounts(options), *(_bind(each) for each in around.binds)],
+        "mounts": [
+            *(each for each in _kernel_mounts(options) if each["destination"] not in bound),
+            *(_bind(each) for each in around.binds),
+        ],
         "linux": {
             "namespaces": namespaces,
             "cgroupsPath": around.cgroups_path,
@@ -270,7 +346,7 @@ def _kernel_mounts(options: Options) -> list[dict[str, Any]]:
             "devpts",
             ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"],
         ),
-        _mount("/dev/shm", "tmpfs", "shm", [*strict, "mode=1777", shm_size]),  # noqa: S108
+        _mount(SHM, "tmpfs", "shm", [*strict, "mode=1777", shm_size]),
         _mount("/dev/mqueue", "mqueue", "mqueue", strict),
         _mount("/sys", "sysfs", "sysfs", [*strict, "ro"]),
         _mount("/sys/fs/cgroup", "cgroup", "cgroup", [*strict, "relatime", "ro"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,16 +110,21 @@ Progress = Callable[[str, str], None]
 """Called as (reason, message) when something slow begins: (`PullingImage`, ...), (`UnpackingImage`, ...)."""
 
 
+def _is_text(value: object) -> bool:
+    """What the kernel can be given: JSON also has NULs and halves of characters."""
+    return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
+
+
 def _string(config: Mapping[str, Any], key: str) -> str:
     value = config.get(key) or ""
-    if not isinstance(value, str) or "\0" in value:
+    if not _is_text(value):
         raise ValueError(f"config.{key}: must be a string without NUL")
-    return value
+    return str(value)
 
 
 def _strings(config: Mapping[str, Any], key: str) -> tuple[str, ...]:
     value = config.get(key) or []
-    if not isinstance(value, list) or not all(isinstance(item, str) and "\0" not in item for item in value):
+    if not isinstance(value, list) or not all(_is_text(item) for item in value):
         raise ValueError(f"config.{key}: must be a list of strings without NUL")
     return tuple(value)
 
