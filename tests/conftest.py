@@ -11,6 +11,12 @@ from tests.sandboxes import Sandboxes
 from sandkeeper.localcluster.cluster import LocalCluster
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--faults", choices=("quick", "all"), default="quick", help="which of tests/faults are run"
+    )
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[TestCluster]:
     """An API server with our CRDs."""
