@@ -34,8 +34,8 @@ class _Kube(Protocol):
 
 class _Nodes(Protocol):
     def put(self, body: Raw) -> None: ...
-    def remove(self, name: str) -> None: ...
-    def links(self) -> Mapping[str, object]: ...
+    def remove(self, name: str, uid: str) -> None: ...
+    def uids(self) -> Mapping[str, str]: ...
 
 
 class _Metrics(Protocol):
@@ -91,7 +91,7 @@ class Informer:
         """A watch event of a SandboxNode."""
         self._metrics.watch_event("sandboxnodes", kind or "LISTED")
         if kind == "DELETED":
-            self._nodes.remove(body["metadata"]["name"])
+            self._nodes.remove(body["metadata"]["name"], body["metadata"]["uid"])
         else:
             self._nodes.put(body)
 
@@ -178,7 +178,7 @@ class Informer:
         """Compare store and nodes with a LIST, mend what differs, and return how much did."""
         began, missed = time.monotonic(), 0
         # What is in the store now, and not in a LIST that begins later, is gone; what comes meanwhile is not.
-        known, nodes_known = set(self._store.keys()), set(self._nodes.links())
+        known, nodes_known = set(self._store.keys()), self._nodes.uids()
         listed: set[Key] = set()
         for namespace in self._namespaces or (None,):
             async for body in self._kube.sandboxes(namespace):
@@ -193,13 +193,14 @@ class Informer:
             if self._store.remove(key):
                 self._queue.add(key)
                 missed += 1
-        names: set[str] = set()
+        uids: set[str] = set()
         for node in await self._kube.nodes():
-            names.add(node["metadata"]["name"])
+            uids.add(node["metadata"]["uid"])
             self._nodes.put(node)
-        for name in nodes_known - names:
-            self._nodes.remove(name)
-            missed += 1
+        for name, uid in nodes_known.items():
+            if uid not in uids:
+                self._nodes.remove(name, uid)
+                missed += 1
         for _ in range(missed):
             self._metrics.watch_missed()
         if missed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 from sandkeeper.control.nodelink import IDENTITY_MISMATCH, NodeLink, Timing
 from sandkeeper.control.observation import NodeView, RecordView, Resources, Unknown
 from sandkeeper.control.ports import Gone, Raw, ShimPort
+from sandkeeper.control.store import newer
 from sandkeeper.wire import node_pb2
 
 log = logging.getLogger(__name__)
+
+_TOMBSTONES = 1024
 
 
 @dataclass(slots=True)
@@ -54,6 +58,8 @@ class Nodes:
         self._on_status = on_status
         self._observe = observe
         self._nodes: dict[str, _Node] = {}
+        # UIDs of objects that are gone: an event or a LIST from before must not bring one back.
+        self._gone: deque[str] = deque(maxlen=_TOMBSTONES)
         self._views: tuple[NodeView, ...] | None = None
         self._closing: set[asyncio.Task[None]] = set()
         self._outage = False
@@ -61,9 +67,17 @@ class Nodes:
     # What the watch says
 
     def put(self, body: Raw) -> None:
-        """A SandboxNode as the API server has it now. Connects, and again where its address changed."""
-        name = body["metadata"]["name"]
+        """A SandboxNode as the API server has it, or had it: older than what is known is no news.
+
+        Connects, and again where its address changed.
+        """
+        metadata = body["metadata"]
+        name = metadata["name"]
         known = self._nodes.get(name)
+        if metadata["uid"] in self._gone:
+            return
+        if known is not None and not newer(metadata["resourceVersion"], _version(known.body)):
+            return
         endpoint = _endpoint(body)
         if known is not None and _endpoint(known.body) == endpoint:
             spec_changed = known.body.get("spec") != body.get("spec")
@@ -88,11 +102,13 @@ class Nodes:
         link.start()
         self._changed(name)
 
-    def remove(self, name: str) -> None:
-        """A SandboxNode is gone: an administrator's word that the node is."""
-        node = self._nodes.pop(name, None)
-        if node is None:
+    def remove(self, name: str, uid: str) -> None:
+        """A SandboxNode is gone: an administrator's word that the node is. Not another that had its name."""
+        self._gone.append(uid)
+        node = self._nodes.get(name)
+        if node is None or node.body["metadata"]["uid"] != uid:
             return
+        del self._nodes[name]
         log.info("A node's object is gone", extra={"node": name})
         self._drop(node)
         self._changed(name)
@@ -151,6 +167,10 @@ class Nodes:
     def links(self) -> Mapping[str, NodeLink]:
         """Every node's line, by name."""
         return {name: node.link for name, node in self._nodes.items()}
+
+    def uids(self) -> dict[str, str]:
+        """Every SandboxNode's UID, by name."""
+        return {name: node.body["metadata"]["uid"] for name, node in self._nodes.items()}
 
     def body(self, name: str) -> Raw | None:
         """The SandboxNode object as the watch last gave it."""
@@ -211,6 +231,10 @@ class Nodes:
         counted = [view for view in self.views() if not view.out_of_service]
         lost = [view for view in counted if view.settled and not view.reachable]
         return len(lost) >= self._outage_min_nodes and len(lost) >= self._outage_fraction * len(counted)
+
+
+def _version(body: Raw) -> str:
+    return str(body["metadata"]["resourceVersion"])
 
 
 def _endpoint(body: Raw) -> tuple[str, str]:

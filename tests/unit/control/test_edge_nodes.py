@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ from sandkeeper.wire import node_pb2
 from sandkeeper.wire.errors import OutOfRange, Unavailable
 
 DEADLINE = 5.0
+VERSIONS = itertools.count(1)
 QUICK = Timing(relist=0.02, unreachable=0.25, call=1.0, retry_first=0.005, retry_max=0.01)
 # The relist never comes by itself.
 STREAMED = Timing(relist=60.0, unreachable=120.0, call=1.0, retry_first=0.005, retry_max=0.01)
@@ -164,9 +166,15 @@ async def world(*names: str, timing: Timing = STREAMED, min_nodes: int = 3) -> A
         await made.nodes.close()
 
 
-def node(name: str, address: str = "", **spec: Any) -> Raw:
+def node(name: str, address: str = "", *, uid: str = "", **spec: Any) -> Raw:
+    """Newer than all before."""
     return {
-        "metadata": {"name": name, "uid": f"uid-{name}", "labels": {"zone": "a"}},
+        "metadata": {
+            "name": name,
+            "uid": uid or f"uid-{name}",
+            "resourceVersion": str(next(VERSIONS)),
+            "labels": {"zone": "a"},
+        },
         "spec": {"address": address or name, **spec},
     }
 
@@ -421,13 +429,41 @@ async def test_a_removed_node_is_gone_from_every_answer() -> None:
         shim = w.shims["a"]
         shim.put(record("u1"))
         await w.until(lambda: shim.watched)
-        w.nodes.remove("a")
+        w.nodes.remove("a", "uid-a")
         assert w.nodes.view("a") is None
         assert w.nodes.views() == ()
         assert w.nodes.client("a") is None
         assert w.nodes_changed[-1] == "a"
         await w.until(lambda: shim.closed)
-        w.nodes.remove("a")
+        w.nodes.remove("a", "uid-a")
+
+
+async def test_an_older_version_of_a_node_is_no_news() -> None:
+    async with world("a") as w:
+        gone = node("a", outOfService=True)
+        w.nodes.put(node("a"))
+        told = len(w.nodes_changed)
+        w.nodes.put(gone)
+        view = w.nodes.view("a")
+        assert view is not None
+        assert not view.out_of_service
+        assert len(w.nodes_changed) == told
+
+
+async def test_the_end_of_a_former_node_is_not_that_of_the_one_with_its_name() -> None:
+    async with world("a") as w:
+        w.nodes.put(node("a", uid="later"))
+        w.nodes.remove("a", "uid-a")
+        assert w.nodes.uids() == {"a": "later"}
+
+
+async def test_a_node_that_is_gone_is_not_brought_back_by_an_older_list() -> None:
+    async with world("a") as w:
+        w.nodes.remove("a", "uid-a")
+        w.nodes.put(node("a"))
+        assert w.nodes.view("a") is None
+        w.nodes.put(node("a", uid="later"))
+        assert w.nodes.uids() == {"a": "later"}
 
 
 async def test_gone_is_a_live_read() -> None:

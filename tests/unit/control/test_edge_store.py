@@ -156,11 +156,11 @@ class FakeNodes:
     def put(self, body: Raw) -> None:
         self.bodies[body["metadata"]["name"]] = body
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, uid: str) -> None:
         self.bodies.pop(name, None)
 
-    def links(self) -> dict[str, Any]:
-        return dict.fromkeys(self.bodies)
+    def uids(self) -> dict[str, str]:
+        return {name: body["metadata"]["uid"] for name, body in self.bodies.items()}
 
 
 class Desk:
@@ -260,7 +260,7 @@ async def test_a_changed_node_wakes_its_own_and_the_unassigned() -> None:
 async def test_fill_takes_everything_in_before_the_first_pass() -> None:
     desk = Desk(namespaces=("one", "two"))
     desk.kube.objects = {"a": sandbox("a")}
-    desk.kube.node_objects = {"n1": {"metadata": {"name": "n1"}}}
+    desk.kube.node_objects = {"n1": {"metadata": {"name": "n1", "uid": "1"}}}
     await desk.informer.fill()
     assert desk.kube.asked == ["one", "two"]
     assert desk.waiting() == ["a"]
@@ -271,10 +271,10 @@ async def test_the_comparison_mends_what_the_watch_missed() -> None:
     desk = Desk()
     for name in ["same", "changed", "deleted"]:
         desk.informer.sandbox_event("ADDED", sandbox(name, 1))
-    desk.informer.node_event("ADDED", {"metadata": {"name": "gone"}})
+    desk.informer.node_event("ADDED", {"metadata": {"name": "gone", "uid": "1"}})
     desk.clear()
     desk.kube.objects = {n: sandbox(n, v) for n, v in [("same", 1), ("changed", 2), ("added", 1)]}
-    desk.kube.node_objects = {"new": {"metadata": {"name": "new"}}}
+    desk.kube.node_objects = {"new": {"metadata": {"name": "new", "uid": "2"}}}
     assert await desk.informer.compare_once() == 4
     assert desk.waiting() == ["added", "changed", "deleted"]
     assert desk.store.get(key_of(sandbox("deleted"))) is None
