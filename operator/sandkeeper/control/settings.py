@@ -64,9 +64,10 @@ class OperatorSettings(BaseSettings):
         60.0, ge=0, description="A sandbox without an object is garbage only when older than this."
     )
     usage_interval: float = Field(
-        300.0,
+        0.0,
         ge=0,
-        description="Least time between two writes of status.usage alone; 0: never written alone.",
+        description="Least time between two writes of status.usage alone; 0: never written alone, so that a"
+        " Sandbox at rest costs no write.",
     )
     retention: float = Field(
         0.0, ge=0, description="How long an ended sandbox stays on its node, so that its logs can be read."

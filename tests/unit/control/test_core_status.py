@@ -28,6 +28,7 @@ from sandkeeper.control import status
 from sandkeeper.control.decide import decide
 from sandkeeper.control.desired import owner_key, sandbox_config
 from sandkeeper.control.observation import Absent, Assignment, Observation, Unknown
+from sandkeeper.control.settings import OperatorSettings
 from sandkeeper.wire import node_pb2
 
 S = node_pb2
@@ -127,13 +128,13 @@ def test_a_lost_instance_has_no_exit_status() -> None:
     assert "exitStatus" not in told(o)
 
 
-def test_usage_alone() -> None:
+def test_usage_alone_is_written_only_where_the_settings_ask_for_it() -> None:
     before = status.compute(o := see(record=RUNNING), decide(o))
     used = record(S.STATE_RUNNING)
     used.record.usage.memory_bytes = 5
     used.record.usage.sampled_at.FromDatetime(fakes.EPOCH)
     after = status.compute(o := see(record=used), decide(o))
-    assert not status.changed(before, after)
+    assert not status.changed(before, after, usage_interval=OperatorSettings().usage_interval)
     assert status.changed(before, after, usage_interval=60)
     assert not status.changed(after, after, usage_interval=60)
 
