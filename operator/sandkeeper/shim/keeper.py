@@ -56,9 +56,10 @@ class Keeper:
         await self.engine.open()
         for sandbox_id, saved in self._records.load():
             if saved is None:
-                # Create was cut off before it was answered: nobody relies on it.
-                log.warning("half-made sandbox removed", extra={"sandbox": sandbox_id})
-                self._records.remove(sandbox_id)
+                # Create was cut off before it was answered, and nobody relies on it; or its files are damaged,
+                # and nobody can say any more what it is. What the engine has of it goes below.
+                log.warning("half-made or damaged sandbox removed", extra={"sandbox": sandbox_id})
+                self._records.discard(sandbox_id)
             else:
                 self._sandboxes[sandbox_id] = Instance(self._node, saved, found=True)
         for leftover in await self.engine.list() - self._sandboxes.keys():

@@ -11,6 +11,7 @@ cut (a new sandbox, an exit, a fence) is fsynced too; what only tells of process
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -22,10 +23,13 @@ from pathlib import Path
 from google.protobuf import json_format
 
 from sandkeeper.wire import node_pb2
-from sandkeeper.wire.ids import valid_id
+from sandkeeper.wire.ids import fence_of, valid_id
 
 _HALF = "~"
 """Ends the names of files that are being written; no identifier has it."""
+
+_NO_FILE = frozenset((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP))
+"""What is there is no file, and never will be one. Any other error may pass, and says nothing of the sandbox."""
 
 FENCE_SECONDS = 24 * 3600
 """How long a fence outlives its sandbox: far longer than any call can be under way."""
@@ -86,12 +90,24 @@ class Records:
         """Forgets a sandbox; one that is not there is no error."""
         folder = self._folder(sandbox_id)
         with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(folder)
+            if folder.is_dir() and not folder.is_symlink():
+                shutil.rmtree(folder)
+            else:
+                folder.unlink()
+
+    def discard(self, sandbox_id: str) -> None:
+        """Forgets one that cannot be made sense of. Its id alone tells which instance must not come again."""
+        uid, instance = fence_of(sandbox_id)
+        with contextlib.suppress(OSError):  # a full disk must not keep what would free it
+            if instance > self.fence(uid):
+                self.raise_fence(uid, instance)
+        self.remove(sandbox_id)
 
     def load(self) -> Iterator[tuple[str, Saved | None]]:
-        """(id, sandbox) of all; None where its files cannot be made sense of."""
+        """(id, sandbox) of all; None where its files cannot be made sense of. Raises OSError where the disk
+        does not say what is in them."""
         for folder in sorted(self._sandboxes.iterdir()):
-            if folder.is_dir() and valid_id(folder.name):
+            if valid_id(folder.name):
                 yield folder.name, _load(folder)
 
     # Fences
@@ -115,7 +131,9 @@ class Records:
         oldest = time.time() - FENCE_SECONDS
         owners = {saved.record.owner.uid for _, saved in self.load() if saved is not None}
         for mark in self._fences.iterdir():
-            if mark.name not in owners and mark.stat().st_mtime < oldest:
+            if mark.is_dir():
+                shutil.rmtree(mark)  # none of ours, and in the way of one
+            elif mark.name not in owners and mark.stat().st_mtime < oldest:
                 mark.unlink(missing_ok=True)
 
     def _folder(self, sandbox_id: str) -> Path:
@@ -132,9 +150,27 @@ def _load(folder: Path) -> Saved | None:
         raw = json.loads((folder / "record.json").read_bytes())
         record = json_format.ParseDict(raw["record"], node_pb2.SandboxRecord(), ignore_unknown_fields=True)
         asked = Asked(stop_at=float(raw["asked"]["stop_at"]), removing=bool(raw["asked"]["removing"]))
-    except (OSError, ValueError, KeyError, TypeError, json_format.ParseError, RecursionError):
+    except (ValueError, KeyError, TypeError, json_format.ParseError, RecursionError):
         return None
-    return Saved(config, record, asked) if record.sandbox_id == folder.name else None
+    except OSError as error:
+        if error.errno in _NO_FILE:
+            return None
+        raise
+    saved = Saved(config, record, asked)
+    return saved if record.sandbox_id == folder.name and _consistent(saved) else None
+
+
+def _consistent(saved: Saved) -> bool:
+    """Both files are of one sandbox, and say of it what every one has."""
+    config, record = saved.config, saved.record
+    return (
+        record.state in node_pb2.State.values()
+        and record.state != node_pb2.STATE_UNSPECIFIED
+        and record.owner == config.owner
+        and record.digest == config.digest
+        and [each.name for each in record.containers] == [each.name for each in config.containers]
+        and record.HasField("exit") == (record.state == node_pb2.STATE_EXITED)
+    )
 
 
 def _dump(message: node_pb2.SandboxConfig) -> bytes:

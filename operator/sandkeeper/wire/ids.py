@@ -70,6 +70,14 @@ class OwnerKey:
         )
 
 
+def fence_of(sandbox_id: str) -> tuple[str, int]:
+    """The owner's UID and the instance that an id on a node is made of; ("", 0) for an id of another make."""
+    uid, _, instance = sandbox_id.rpartition("-")
+    if not valid_id(uid) or _INSTANCE.fullmatch(instance) is None or int(instance) > _MAX_INSTANCE:
+        return "", 0
+    return uid, int(instance)
+
+
 _NODE_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
 
 

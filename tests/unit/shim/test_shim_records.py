@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,7 @@ def saved(sandbox_id: str = "uid-1", uid: str = "uid") -> Saved:
     record = node_pb2.SandboxRecord(
         sandbox_id=sandbox_id, owner=config.owner, digest="abc", state=node_pb2.STATE_RUNNING, pid=42
     )
+    record.containers.add(name="main", state=node_pb2.CONTAINER_STATE_RUNNING)
     record.created_at.FromNanoseconds(1_700_000_000_123_456_789)
     return Saved(config, record, Asked(stop_at=12.5, removing=True))
 
@@ -67,8 +70,7 @@ def test_save_replaces_the_record_and_leaves_the_configuration(
     records.create(saved())
     before = (tmp_path / "sandboxes" / "uid-1" / "config.json").stat()
     changed = saved()
-    changed.record.state = node_pb2.STATE_EXITED
-    changed.record.pid = 0
+    changed.record.state = node_pb2.STATE_PAUSED
     changed.asked = Asked()
     records.save(changed, sync=sync)
     assert loaded(tmp_path) == {"uid-1": changed}
@@ -159,6 +161,65 @@ def test_a_record_of_something_else_makes_no_sandbox(records: Records, tmp_path:
     assert dict(records.load()) == {"uid-1": None}
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda record: record.ClearField("owner"),
+        lambda record: record.ClearField("state"),
+        lambda record: record.ClearField("containers"),
+        lambda record: setattr(record.containers[0], "name", "other"),
+        lambda record: setattr(record, "digest", "other"),
+        lambda record: setattr(record, "state", node_pb2.STATE_EXITED),
+        lambda record: record.exit.SetInParent(),
+    ],
+)
+def test_a_record_that_contradicts_itself_makes_no_sandbox(
+    records: Records, tmp_path: Path, spoil: Callable[[node_pb2.SandboxRecord], object]
+) -> None:
+    spoilt = saved()
+    records.create(spoilt)
+    spoil(spoilt.record)
+    records.save(spoilt)
+    assert loaded(tmp_path) == {"uid-1": None}
+
+
+def test_a_disk_that_does_not_answer_is_no_damaged_record(
+    records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records.create(saved())
+
+    def fails(path: Path) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        dict(records.load())
+    monkeypatch.undo()
+    assert loaded(tmp_path) == {"uid-1": saved()}
+
+
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("/")])
+def test_what_has_a_sandboxs_name_and_is_none_is_removed(
+    records: Records, tmp_path: Path, make: Callable[[Path], object]
+) -> None:
+    make(tmp_path / "sandboxes" / "uid-1")
+    assert dict(records.load()) == {"uid-1": None}
+    records.remove("uid-1")
+    assert loaded(tmp_path) == {}
+
+
+def test_an_instance_that_cannot_be_read_fences_as_before(records: Records, tmp_path: Path) -> None:
+    records.create(saved("uid-3"))
+    (tmp_path / "sandboxes" / "uid-3" / "record.json").write_text("")
+    records.discard("uid-3")
+    assert (records.fence("uid"), loaded(tmp_path)) == (3, {})
+    records.raise_fence("uid", 5)
+    records.discard("uid-4")
+    assert records.fence("uid") == 5
+    records.discard("plain")
+    assert [each.name for each in (tmp_path / "fences").iterdir()] == ["uid"]
+
+
 @pytest.mark.parametrize("missing", ["config.json", "record.json"])
 def test_half_a_sandbox_makes_none(records: Records, tmp_path: Path, missing: str) -> None:
     records.create(saved())
@@ -238,6 +299,13 @@ def test_a_fence_is_forgotten_when_it_is_old_and_nobodys(
     then = time.time() - age
     os.utime(tmp_path / "fences" / "uid", (then, then))
     assert opened(tmp_path).fence("uid") == (3 if kept else 0)
+
+
+def test_a_folder_in_the_place_of_a_fence_is_no_hindrance(records: Records, tmp_path: Path) -> None:
+    (tmp_path / "fences" / "uid" / "inside").mkdir(parents=True)
+    found = opened(tmp_path)
+    found.raise_fence("uid", 2)
+    assert opened(tmp_path).fence("uid") == 2
 
 
 @pytest.mark.parametrize("uid", BAD_IDS)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sandkeeper.wire.ids import OwnerKey, valid_id, valid_node_name
+from sandkeeper.wire.ids import OwnerKey, fence_of, valid_id, valid_node_name
 
 UID = "0c5ac1cf-9be8-4a3c-8a0a-2b8e0b7b7c11"
 OWNER = OwnerKey("default", "web", UID, 3)
@@ -144,3 +144,15 @@ def test_refusing_a_long_bad_name_is_quick() -> None:
     assert not valid_node_name("a" * 252 + "!")
     assert not valid_node_name("a-" * 126 + "!")
     assert not valid_id("a" * 75 + "!")
+
+
+def test_an_id_tells_its_fence() -> None:
+    assert fence_of(OWNER.sandbox_id) == (UID, 3)
+    assert fence_of(f"{UID}-{2**32 - 1}") == (UID, 2**32 - 1)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "plain", UID, f"{UID}-0", f"{UID}-{2**32}", "-1", "a b-1", "uid-x", "uid-1-"]
+)
+def test_an_id_of_another_make_has_no_fence(text: str) -> None:
+    assert fence_of(text) == ("", 0)
