@@ -369,6 +369,7 @@ class ApiProxy:
             if last:
                 await stream.send(last)
             stream.ended.set()
+            self._streams.discard(stream)
         return len(ended)
 
     def _note(self, request: Request, code: int, *, forwarded: bool) -> None:

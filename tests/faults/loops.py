@@ -35,7 +35,7 @@ class LoopThread:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(0)  # transports close in the next turn
+        await asyncio.sleep(0.1)  # connections with TLS take a few turns to close
 
 
 class Port:

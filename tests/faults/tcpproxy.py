@@ -26,6 +26,7 @@ class TcpProxy:
         self._loop = LoopThread("tcpproxy")
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
+        self._serving: set[asyncio.Task[None]] = set()
         self._up, self._down = self._loop.call(_gates())
         self.heal()
 
@@ -67,12 +68,17 @@ class TcpProxy:
         for gate, is_open in ((self._up, up), (self._down, down)):
             (gate.set if is_open else gate.clear)()
         if listening and self._server is None:
-            self._server = await asyncio.start_server(self._serve, sock=self._port.socket())
+            self._server = await asyncio.start_server(self._connected, sock=self._port.socket())
         elif not listening and self._server is not None:
             self._server.close()
             self._server = None
             for writer in self._open:
                 writer.transport.abort()
+
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._serve(reader, writer))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open.add(writer)
