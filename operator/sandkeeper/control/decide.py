@@ -273,6 +273,7 @@ RULES = (
     Rule(r.stop_wanted_and_live, "Stopping", PROGRESSING, stop),
     Rule(r.stop_wanted, "Stopping", PROGRESSING, shut_down),
     Rule(r.outdated_and_absent, "Replacing", PROGRESSING, assign_next),
+    Rule(r.outdated_and_live, "Replacing", PROGRESSING, stop),
     Rule(r.outdated, "Replacing", PROGRESSING, shut_down),
     # What should be and is not.
     Rule(r.fenced, "Replacing", PROGRESSING, assign_again),

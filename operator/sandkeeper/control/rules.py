@@ -192,6 +192,12 @@ def outdated_and_absent(o: Observation) -> bool:
     return outdated(o) and proven_absent(o)
 
 
+def outdated_and_live(o: Observation) -> bool:
+    """It runs. It is stopped before it is shut down, so that its end is in the API as one that was asked for:
+    without that, a change that is taken back meanwhile would find it lost."""
+    return outdated(o) and live(o)
+
+
 def proven_absent(o: Observation) -> bool:
     return isinstance(o.record, Absent) and o.record.proven
 

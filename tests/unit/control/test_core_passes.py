@@ -183,6 +183,19 @@ async def test_a_finished_one_is_replaced_on_a_spec_change_and_its_exit_cleared(
     assert world.condition(key, "Stalled") is None
 
 
+async def test_a_change_that_fits_nowhere_can_be_taken_back(world: World) -> None:
+    """The first instance is gone by then, and was not lost: the next one runs, without a failurePolicy."""
+    key = await running(world)
+    world.kube.edit(key, runtime="nowhere")
+    await world.settle(key)
+    assert world.condition(key, "Ready") == ("False", "Unschedulable")
+    assert world.status(key)["exitReason"] == "Stopped"
+    world.kube.edit(key, runtime=None)
+    await world.settle(key)
+    assert world.condition(key, "Ready") == ("True", "Running")
+    assert world.status(key)["instance"] == 2
+
+
 async def test_placement_alone_does_not_replace(world: World) -> None:
     key = await running(world)
     world.kube.edit(key, nodeSelector={"zone": "b"}, terminationGracePeriodSeconds=1)

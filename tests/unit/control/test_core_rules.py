@@ -224,10 +224,10 @@ ROWS: list[tuple[Observation, Callable[[Observation], bool], str, Verdict, type[
         r.outdated_and_absent, "Replacing", Verdict.PROGRESSING, Assign,
     ),
     (see(outdated=True), r.outdated, "Replacing", Verdict.PROGRESSING, Shutdown),
-    (see(outdated=True, record=RUNNING), r.outdated, "Replacing", Verdict.PROGRESSING, Shutdown),
+    (see(outdated=True, record=RUNNING), r.outdated_and_live, "Replacing", Verdict.PROGRESSING, Stop),
     (
         see(record=record(S.STATE_RUNNING, digest="another")),
-        r.outdated, "Replacing", Verdict.PROGRESSING, Shutdown,
+        r.outdated_and_live, "Replacing", Verdict.PROGRESSING, Stop,
     ),
     # what should be
     (see(refusal=("Fenced", "")), r.fenced, "Replacing", Verdict.PROGRESSING, Assign),
