@@ -25,6 +25,7 @@ from sandkeeper.control.ports import Conflict, Gone, KubeError, Raw, Rejected
 
 _MERGE_PATCH = "application/merge-patch+json"
 _TIMEOUT = aiohttp.ClientTimeout(total=15, sock_connect=5)
+_LONGEST_WAIT = 30.0  # that an API server may ask for
 _ROOT = f"/apis/{GROUP}/{VERSION}"
 _TOKEN_FILE = "/var/run/secrets/kubernetes.io/serviceaccount/token"  # noqa: S105 - a path
 
@@ -89,6 +90,8 @@ class Kube:
         self._reloading = asyncio.Lock()
         # When the API server last answered anything at all: what readiness is told from.
         self.answered_at: float | None = None
+        # Until when it asked to be left alone; by the clock of time.monotonic.
+        self._not_before = 0.0
 
     async def close(self) -> None:
         """Close the connections."""
@@ -170,6 +173,9 @@ class Kube:
                 return
 
     async def _call(self, verb: str, path: str, resource: str, body: Raw | None = None) -> Raw:
+        # It says 429 of us as a whole: no request, whatever it is about, is sent before the time is over.
+        if (wait := self._not_before - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
         status, headers, data = await self._request(verb, path, resource, body)
         if status == 401 and self._reload is not None:
             # A token or certificate that has run out: read the credentials anew, once.
@@ -177,7 +183,10 @@ class Kube:
             status, headers, data = await self._request(verb, path, resource, body)
         if 200 <= status < 300:
             return json.loads(data) if data else {}
-        raise _error(status, headers, data, f"{verb} {path}")
+        error = _error(status, headers, data, f"{verb} {path}")
+        if isinstance(error, Throttled):
+            self._not_before = time.monotonic() + min(error.retry_after, _LONGEST_WAIT)
+        raise error
 
     async def _request(self, verb: str, path: str, resource: str, body: Raw | None) -> tuple[int, Any, bytes]:
         headers = {

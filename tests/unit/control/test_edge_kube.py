@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,16 @@ async def test_an_error_becomes_its_exception_with_the_servers_words(
         assert type(caught.value) is expected
         if isinstance(caught.value, Throttled):
             assert caught.value.retry_after == 7
+
+
+async def test_nothing_is_asked_before_the_time_that_a_429_names_is_over() -> None:
+    async with serving() as server, connected(server) as kube:
+        server.answers = [web.json_response({}, status=429, headers={"Retry-After": "1"})]
+        with pytest.raises(Throttled):
+            await kube.get("ns", "a")
+        refused = time.monotonic()
+        await kube.get("ns", "b")
+        assert time.monotonic() - refused > 0.9
 
 
 async def test_an_error_that_is_no_json_is_told_too() -> None:
