@@ -133,9 +133,14 @@ class Processes:
 
 
 def start_time(pid: int) -> int | None:
-    """When the process started, in clock ticks after boot; None when there is none, or only a zombie."""
+    """When the process started, in clock ticks after boot; None when there is none, or only a zombie.
+
+    proc(5): fields 3 (state), 20 (num_threads), 22 (starttime). A zombie with more threads is a process that ends,
+    and still holds its locks and sockets.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    over = fields[0] in "ZX" and int(fields[17]) <= 1
+    return None if over else int(fields[19])

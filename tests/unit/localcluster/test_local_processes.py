@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,15 @@ STUBBORN = [
     "-c",
     "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)",
 ]
+
+# Its first thread ends alone, by Linux' exit(2), which ends but one thread; ps calls it a zombie from then on.
+EXIT = {"x86_64": 60, "aarch64": 93}
+HEADLESS = """
+import ctypes, sys, threading, time
+threading.Thread(target=time.sleep, args=(60,)).start()
+print('headless', flush=True)
+ctypes.CDLL(None).syscall(int(sys.argv[1]), 0)
+"""
 
 
 @pytest.fixture
@@ -88,6 +98,17 @@ def test_the_environment_is_what_was_given(processes: Processes) -> None:
     processes.spawn("env", [sys.executable, "-c", show], env={"ONLY": "this"})
     eventually(lambda: not processes.alive("env"))
     assert processes.tail("env") == "['ONLY']"
+
+
+@pytest.mark.skipif(platform.machine() not in EXIT, reason="the number of exit(2) is not known here")
+def test_one_whose_first_thread_has_ended_still_runs(processes: Processes) -> None:
+    """Its lock and its sockets are held until the last thread has ended."""
+    argv = [sys.executable, "-c", HEADLESS, str(EXIT[platform.machine()])]
+    pid = processes.spawn("headless", argv)
+    eventually(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+    assert processes.alive("headless")
+    processes.kill("headless")
+    assert not processes.alive("headless")
 
 
 def test_of_no_process_there_is_no_start_time() -> None:
