@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 from tests.cluster import TestCluster, fresh_namespace, plain_cluster, whole_cluster
+from tests.faults.recorders import Objects
+from tests.histories import violations
 from tests.sandboxes import Sandboxes
 
 from sandkeeper.localcluster.cluster import LocalCluster
@@ -35,10 +37,13 @@ def namespace(cluster: TestCluster) -> Iterator[str]:
 def local() -> Iterator[LocalCluster]:
     """A whole cluster with two nodes that run real containers, shared by all tests that only read and write objects.
 
-    A test that kills a part of it makes one of its own: `whole_cluster`.
+    A test that kills a part of it makes one of its own: `whole_cluster`. At the end every version of every object
+    that they made must have been true (tests/histories.py).
     """
-    with whole_cluster(shims=2, engine="oci") as found:
+    with whole_cluster(shims=2, engine="oci") as found, Objects(found.kubeconfig) as objects:
         yield found
+        wrong = [line for history in objects.histories() for line in violations(history)]
+        assert not wrong, "\n".join(wrong)
 
 
 @pytest.fixture

@@ -69,6 +69,11 @@ class Objects:
             uids = self._uids[namespace, name]
             return list(self._versions[uids[life]]) if uids else []
 
+    def histories(self) -> list[list[Object]]:
+        """All versions of every object, object by object."""
+        with self._news:
+            return [list(versions) for versions in self._versions.values()]
+
     def uids(self, namespace: str, name: str) -> list[str]:
         """Of all objects that had the name, oldest first."""
         with self._news:
