@@ -85,9 +85,11 @@ class _File:
 
     def _drain(self) -> list[bytes]:
         pieces: list[bytes] = []
-        while self._fd >= 0 and (data := os.read(self._fd, _CHUNK)):
-            pieces += self._parser.feed(data)
-        if self._fd >= 0 and os.fstat(self._fd).st_size < os.lseek(self._fd, 0, os.SEEK_CUR):
+        while self._fd >= 0:
+            while data := os.read(self._fd, _CHUNK):
+                pieces += self._parser.feed(data)
+            if os.fstat(self._fd).st_size >= os.lseek(self._fd, 0, os.SEEK_CUR):
+                break
             os.lseek(self._fd, 0, os.SEEK_SET)  # truncated in place
             self._parser = Parser(timestamps=self._timestamps)
         return pieces
