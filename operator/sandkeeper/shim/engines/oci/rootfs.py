@@ -73,12 +73,13 @@ def read_text(rootfs: Path, relative: str) -> str:
     try:
         folder = open_beneath(rootfs, parent)
         try:
+            # Looked at before it is opened: to open a device is to use it, and fdopen leaks a folder's descriptor.
+            if not stat.S_ISREG(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                return ""
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         finally:
             os.close(folder)
         with os.fdopen(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return ""
             return file.read(_MAX_FILE).decode(errors="replace")
     except OSError:
         return ""
