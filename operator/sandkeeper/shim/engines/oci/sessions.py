@@ -20,6 +20,7 @@ from sandkeeper.shim.engines.oci.processes import ProcessRef, readable
 from sandkeeper.shim.engines.oci.tools import ENVIRONMENT
 
 _CHUNK = 64 * 1024
+_MAX_SIZE = 2**16 - 1  # struct winsize has 16 bits for each
 Stream = Literal["stdout", "stderr"]
 
 
@@ -78,6 +79,7 @@ def spawn(argv: list[str], files: Path, *, tty: bool, stdin: bool, size: tuple[i
 
 
 def _set_size(fd: int, width: int, height: int) -> None:
+    width, height = min(width, _MAX_SIZE), min(height, _MAX_SIZE)
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
 
 
