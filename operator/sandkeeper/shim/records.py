@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import time
@@ -150,7 +151,7 @@ def _load(folder: Path) -> Saved | None:
         raw = json.loads((folder / "record.json").read_bytes())
         record = json_format.ParseDict(raw["record"], node_pb2.SandboxRecord(), ignore_unknown_fields=True)
         asked = Asked(stop_at=float(raw["asked"]["stop_at"]), removing=bool(raw["asked"]["removing"]))
-    except (ValueError, KeyError, TypeError, json_format.ParseError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError, json_format.ParseError, RecursionError):
         return None
     except OSError as error:
         if error.errno in _NO_FILE:
@@ -170,6 +171,7 @@ def _consistent(saved: Saved) -> bool:
         and record.digest == config.digest
         and [each.name for each in record.containers] == [each.name for each in config.containers]
         and record.HasField("exit") == (record.state == node_pb2.STATE_EXITED)
+        and math.isfinite(saved.asked.stop_at)
     )
 
 

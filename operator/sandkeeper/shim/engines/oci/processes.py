@@ -49,7 +49,7 @@ class ProcessRef:
     def from_json(cls, value: Any) -> Self | None:
         try:
             return cls(int(value["pid"]), int(value["start"]), str(value["boot"]))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             return None
 
     def to_json(self) -> dict[str, Any]:
