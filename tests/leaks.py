@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_MONITORS = "monitors"
+_MONITORS = "_monitors"
 _OURS = frozenset(("conmon", "catatonit", "crun", "runc", "runsc"))
 
 

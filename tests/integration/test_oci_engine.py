@@ -340,6 +340,37 @@ async def test_a_memory_volume_is_bounded(make: Make) -> None:
     assert any(" /data tmpfs " in line and "nosuid" in line for line in output.splitlines())
 
 
+async def test_a_memory_volume_may_be_the_shared_memory(make: Make) -> None:
+    box = make(
+        container(
+            "grep ' /dev/shm ' /proc/mounts; df -k /dev/shm",
+            volume_mounts=[pb.VolumeMount(name="shm", mount_path="/dev/shm")],
+        ),
+        volumes=[pb.Volume(name="shm", memory=True, size_limit_bytes=3 * MIB)],
+    )
+    ended, output = await box.run()
+    assert ended.status == 0, output
+    assert "size=3072k" in output
+    assert output.count(" /dev/shm ") == 1
+
+
+async def test_a_volume_may_be_inside_another(make: Make) -> None:
+    box = make(
+        container(
+            "touch /srv/inner/low /srv/high; ls /srv/inner; cat /etc/hostname",
+            volume_mounts=[
+                pb.VolumeMount(name="low", mount_path="/srv/inner"),
+                pb.VolumeMount(name="high", mount_path="/srv"),
+                pb.VolumeMount(name="etc", mount_path="/etc"),
+            ],
+        ),
+        volumes=[pb.Volume(name="low"), pb.Volume(name="high"), pb.Volume(name="etc")],
+        hostname="green",
+    )
+    _, output = await box.run()
+    assert output.split() == ["low", "green"]
+
+
 async def test_a_sub_path_cannot_leave_its_volume(make: Make) -> None:
     mount = pb.VolumeMount(name="data", mount_path="/data")
     through = pb.VolumeMount(name="data", mount_path="/data", sub_path="out")
