@@ -47,8 +47,6 @@ long_texts = texts | sizes.map("x".__mul__)
 def mostly(plain: Any, odd: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     """So that not every configuration has something wrong in it."""
     return st.integers(0, 15).flatmap(lambda each: odd if each == 15 else st.just(plain))
-        lambda each: odd if each == 7 else st.just(plain)
-    )
 
 
 def numbers(bits: int = 64) -> st.SearchStrategy[int]:
