@@ -13,7 +13,8 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
-from urllib.parse import quote, urlencode
+from urllib.parse import quote, urlencode, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from kubernetes.aio import client
@@ -65,7 +66,18 @@ async def load_configuration(
         await config.load_kube_config(
             config_file=kubeconfig, context=context, client_configuration=configuration
         )
+    # aiohttp would look into the environment and ~/.netrc, in a thread, for every request.
+    configuration.proxy = configuration.proxy or _environment_proxy(configuration.host)
+    configuration.client_session_kwargs = {"trust_env": False}
     return configuration
+
+
+def _environment_proxy(url: str) -> str | None:
+    """What HTTPS_PROXY and NO_PROXY say of an address."""
+    parts = urlsplit(url)
+    if not parts.hostname or proxy_bypass(parts.hostname):
+        return None
+    return getproxies().get(parts.scheme)
 
 
 class Kube:

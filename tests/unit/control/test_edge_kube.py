@@ -212,8 +212,8 @@ async def test_requests_are_measured() -> None:
     assert metrics.registry.get_sample_value("sandkeeper_api_request_seconds_count", labels) == 1
 
 
-async def test_the_kubeconfig_and_context_that_are_named_are_used(tmp_path: Path) -> None:
-    path = tmp_path / "kubeconfig"
+def kubeconfig(path: Path) -> Path:
+    """One of two clusters, one and two; one is the current."""
     entries = {"one": "https://one:1", "two": "https://two:2"}
     path.write_text(
         yaml.safe_dump(
@@ -225,7 +225,37 @@ async def test_the_kubeconfig_and_context_that_are_named_are_used(tmp_path: Path
             }
         )
     )
+    return path
+
+
+async def test_the_kubeconfig_and_context_that_are_named_are_used(tmp_path: Path) -> None:
+    path = kubeconfig(tmp_path / "kubeconfig")
     assert (await load_configuration(str(path))).host == "https://one:1"
     chosen = await load_configuration(str(path), "two")
     assert chosen.host == "https://two:2"
     assert (await chosen.auth_settings())["BearerToken"]["value"] == "Bearer secret"
+
+
+async def test_the_environments_proxy_is_used_but_for_what_it_excepts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = kubeconfig(tmp_path / "kubeconfig")
+    monkeypatch.setenv("https_proxy", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", "two")
+    assert (await load_configuration(str(path))).proxy == "http://proxy:3128"
+    assert (await load_configuration(str(path), "two")).proxy is None
+
+
+async def test_a_request_goes_through_the_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as server:
+        monkeypatch.setenv("http_proxy", server.url)
+        monkeypatch.setenv("no_proxy", "")
+        config = yaml.safe_load(kubeconfig(tmp_path / "kubeconfig").read_text())
+        config["clusters"][0]["cluster"]["server"] = "http://api.invalid"
+        (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+        kube = Kube(await load_configuration(str(tmp_path / "kubeconfig")))
+        try:
+            await kube.get("ns", "a")
+        finally:
+            await kube.close()
+        assert len(server.seen) == 1
