@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -81,39 +82,50 @@ class Metrics:
             ["outcome"],
             registry=registry,
         )
+        # A child is looked up under a lock and by freshly made text: dear, dozens of times per Sandbox.
+        self._reconcile_of = cache(self._reconcile.labels)
+        self._calls_of = cache(self._calls.labels)
+        self._writes_of = cache(self._writes.labels)
+        self._stage_of = cache(self._stage.labels)
+        self._passes_of = cache(self._passes.labels)
+        self._requests_of = cache(self._requests.labels)
+        self._watch_of = cache(self._watch.labels)
+        self._waiting, self._running, self._delayed = map(
+            self._depth.labels, ("waiting", "running", "delayed")
+        )
 
     # ports.MetricsPort
 
     def reconciled(self, result: str, seconds: float) -> None:
-        self._reconcile.labels(result).observe(seconds)
+        self._reconcile_of(result).observe(seconds)
 
     def shim_call(self, node: str, method: str, result: str, seconds: float) -> None:
         # Not by node as well: nodes times methods times codes times buckets would be too many series.
-        self._calls.labels(method, result).observe(seconds)
+        self._calls_of(method, result).observe(seconds)
 
     def api_write(self, what: str) -> None:
-        self._writes.labels(what).inc()
+        self._writes_of(what).inc()
 
     def stage(self, stage: str, seconds: float) -> None:
-        self._stage.labels(stage).observe(max(0.0, seconds))
+        self._stage_of(stage).observe(max(0.0, seconds))
 
     # queue.QueueObserver
 
     def depth(self, waiting: int, running: int, delayed: int) -> None:
-        self._depth.labels("waiting").set(waiting)
-        self._depth.labels("running").set(running)
-        self._depth.labels("delayed").set(delayed)
+        self._waiting.set(waiting)
+        self._running.set(running)
+        self._delayed.set(delayed)
 
     def started(self, waited: float) -> None:
         self._waited.observe(waited)
 
     def finished(self, outcome: str, took: float) -> None:
-        self._passes.labels(outcome).inc()
+        self._passes_of(outcome).inc()
 
     # kube.RequestObserver
 
     def api_request(self, verb: str, resource: str, code: str, seconds: float) -> None:
-        self._requests.labels(verb, resource, code).observe(seconds)
+        self._requests_of(verb, resource, code).observe(seconds)
 
     # The rest of the operator
 
@@ -122,7 +134,7 @@ class Metrics:
         self._events.labels(outcome).inc()
 
     def watch_event(self, resource: str, kind: str) -> None:
-        self._watch.labels(resource, kind).inc()
+        self._watch_of(resource, kind).inc()
 
     def watch_missed(self) -> None:
         self._missed.inc()
