@@ -45,7 +45,6 @@ class Crowd:
         self._ready: dict[str, float] = {}
         self._gone: dict[str, float] = {}
         self._news = asyncio.Event()
-        self.events = 0
         self.watches = 0
 
     @property
@@ -93,19 +92,27 @@ class Crowd:
         return Made(len(names), max(ended - began, 1e-9), each, lost=len(names) - len(each))
 
     async def follow(self, started: asyncio.Event) -> None:
-        """Watches until it is cancelled, and again where the API server ends the watch."""
+        """Watches until it is cancelled. The API server ends the watch of a client that is slow for a moment: it
+        goes on from the last version seen, or from a new LIST where that is forgotten."""
+        version = ""
         while True:
-            listed = await self._list()
-            now = time.perf_counter()
-            there = {item["metadata"]["name"] for item in listed["items"]}
-            for item in listed["items"]:
-                self._note(item["metadata"]["name"], item, now)
-            for name in self._names - there:
-                self._gone.setdefault(name, now)
+            if not version:
+                version = await self._relist()
+            version = await self._watch(version, started)
             self.watches += 1
-            await self._watch(listed["metadata"]["resourceVersion"], started)
 
-    async def _watch(self, version: str, started: asyncio.Event) -> None:
+    async def _relist(self) -> str:
+        listed, now = await self._list(), time.perf_counter()
+        there = {item["metadata"]["name"] for item in listed["items"]}
+        for item in listed["items"]:
+            self._note(item["metadata"]["name"], item, now)
+        for name in self._names - there:
+            self._gone.setdefault(name, now)
+        self._news.set()
+        return str(listed["metadata"]["resourceVersion"])
+
+    async def _watch(self, version: str, started: asyncio.Event) -> str:
+        """The last version seen when the watch ended, empty where the API server has forgotten it."""
         query = {"watch": "1", "resourceVersion": version}
         async with self._session.get(self._url, params=query, timeout=_ENDLESS) as answer:
             started.set()
@@ -116,11 +123,12 @@ class Crowd:
                 for line in lines:
                     event = json.loads(line)
                     if event["type"] == "ERROR":
-                        return
-                    self.events += 1
-                    body = {} if event["type"] == "DELETED" else event["object"]
-                    self._note(event["object"]["metadata"]["name"], body, now)
+                        return ""
+                    body = event["object"]
+                    version = body["metadata"]["resourceVersion"]
+                    self._note(body["metadata"]["name"], {} if event["type"] == "DELETED" else body, now)
                 self._news.set()
+        return version
 
     def _note(self, name: str, body: dict[str, Any], now: float) -> None:
         if not body:
