@@ -89,7 +89,7 @@ def _amounts(amount: node_pb2.NodeResources) -> NodeResources:
     return NodeResources(
         cpu=format_cpu_millis(_within(amount.cpu_millis, 10**9)),
         memory=format_bytes(_within(amount.memory_bytes, 2**60)),
-        pids=_within(amount.pids, 2**62),
+        pids=_within(amount.pids, 2**53 - 1),
         sandboxes=_within(amount.sandboxes, 2**31 - 1),
     )
 

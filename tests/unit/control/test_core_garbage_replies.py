@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,16 +30,25 @@ from tests.unit.control.test_core_rules import (
 )
 from tests.unit.control.test_core_rules import status as observed
 
-from sandkeeper.api import Sandbox, SandboxStatus
+from sandkeeper.api import Sandbox, SandboxNodeStatus, SandboxStatus
+from sandkeeper.api.quantity import parse_quantity
 from sandkeeper.control import status
 from sandkeeper.control.actions import Assign, Rest, Verdict
 from sandkeeper.control.decide import decide
+from sandkeeper.control.nodestatus import node_status
 from sandkeeper.control.observation import Absent, Assignment, Observation, Present, RecordView, Unknown
 from sandkeeper.wire import node_pb2
 
 ROOT = Path(__file__).resolve().parents[3]
-CRD = yaml.safe_load((ROOT / "crds" / "sandboxes.yaml").read_text())
-SCHEMA = CRD["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]
+
+
+def status_schema(name: str) -> dict[str, Any]:
+    crd = yaml.safe_load((ROOT / "crds" / name).read_text())
+    found: dict[str, Any] = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]
+    return found
+
+
+SCHEMA, NODE_SCHEMA = status_schema("sandboxes.yaml"), status_schema("sandboxnodes.yaml")
 # etcd takes 1.5 MiB in one request, and an object is more than its status.
 MAX_STATUS_BYTES = 512 * 1024
 MAX_ANNOTATIONS_BYTES = 256 * 1024
@@ -58,6 +68,11 @@ FAST = settings(
 
 def complaints(schema: dict[str, Any], value: Any, path: str = "status") -> Iterator[str]:
     """What the API server would refuse in `value`; of CEL, rules that are one `self.matches(...)`."""
+    if schema.get("x-kubernetes-int-or-string"):
+        # Of a quantity only what cannot go wrong elsewhere: that it is one, and not too long.
+        if parse_quantity(value) < 0 or len(value) > schema["maxLength"]:
+            yield f"{path}: {value!r} is no quantity"
+        return
     kind = schema["type"]
     types = {"object": dict, "array": list, "string": str, "integer": int, "boolean": bool}
     if not isinstance(value, types[kind]) or (kind == "integer" and isinstance(value, bool)):
@@ -122,7 +137,8 @@ texts = st.one_of(
 def numbers(bits: int, signed: bool = False) -> st.SearchStrategy[int]:
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     edges = [low, 0, 1, 2, 127, 128, 255, 256, 2**31 - 1, 2**31, 2**53 - 1, 2**53, high]
-    return st.sampled_from([edge for edge in edges if low <= edge <= high]) | st.integers(low, high)
+    known = st.sampled_from([edge for edge in edges if low <= edge <= high])
+    return known | known | st.integers(low, high)
 
 
 def maybe(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
@@ -281,7 +297,41 @@ def test_any_annotation_that_is_trusted_makes_a_status_that_the_api_server_takes
         told(replace(see(record=Present(found)), assignment=assignment))
 
 
+amounts = st.builds(
+    node_pb2.NodeResources,
+    cpu_millis=numbers(64, signed=True), memory_bytes=numbers(64, signed=True), pids=numbers(64, signed=True),
+    sandboxes=numbers(64, signed=True),
+)  # fmt: skip
+infos = st.builds(
+    node_pb2.InfoResponse,
+    node_name=st.just("n1"), version=texts, engine=texts, default_runtime=texts, boot_id=texts,
+    runtimes=st.lists(
+        st.builds(node_pb2.Runtime, name=texts, version=texts, ready=st.booleans(), message=texts), max_size=40
+    ),
+    capacity=amounts, allocatable=maybe(amounts), started_at=maybe(times), features=st.lists(texts, max_size=3),
+)  # fmt: skip
+
+
+@FAST
+@given(infos, st.booleans(), texts)
+def test_whatever_a_shim_says_of_itself_makes_a_status_that_the_api_server_takes(
+    info: node_pb2.InfoResponse, reachable: bool, message: str
+) -> None:
+    link: Any = SimpleNamespace(info=info, reachable=reachable, reason="ShimUnreachable", message=message)
+    raw = node_status({"metadata": {"generation": 1}}, link, 3, fakes.EPOCH).to_dict()
+    assert list(complaints(NODE_SCHEMA, raw)) == []
+    assert SandboxNodeStatus.model_validate(raw).to_dict() == raw
+
+
 # One by one: what the above has found
+
+
+def test_pids_of_a_node_are_cut_to_what_the_schema_holds() -> None:
+    info = node_pb2.InfoResponse(node_name="n1", capacity=node_pb2.NodeResources(pids=2**63 - 1))
+    link: Any = SimpleNamespace(info=info, reachable=True, reason="", message="")
+    found = node_status({"metadata": {}}, link, 0, fakes.EPOCH)
+    assert found.capacity is not None
+    assert found.capacity.pids == 2**53 - 1
 
 
 def at(seconds: int, nanos: int = 0) -> Timestamp:
