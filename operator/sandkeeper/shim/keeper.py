@@ -33,6 +33,7 @@ class Keeper:
         self.journal = Journal()
         self._records = records or Records(settings.state_dir)
         self._sandboxes: dict[str, Instance] = {}
+        self._owned: dict[str, set[str]] = {}  # by owner UID
         self._tasks = Tasks("node")
         self._node = Node(
             engine=engine,
@@ -61,7 +62,7 @@ class Keeper:
                 log.warning("half-made or damaged sandbox removed", extra={"sandbox": sandbox_id})
                 self._records.discard(sandbox_id)
             else:
-                self._sandboxes[sandbox_id] = Instance(self._node, saved, found=True)
+                self._put(Instance(self._node, saved, found=True))
         for leftover in await self.engine.list() - self._sandboxes.keys():
             log.warning("leftover without a record removed", extra={"sandbox": leftover})
             await self.engine.remove(leftover)
@@ -120,7 +121,7 @@ class Keeper:
             self._admit(owner)
             record = changes.new_record(sandbox_id, config, datetime.now(UTC))
             instance = Instance(self._node, Saved(config, record, Asked()), found=False)
-            self._sandboxes[sandbox_id] = instance
+            self._put(instance)
         elif instance.record.digest != config.digest or instance.record.owner != config.owner:
             raise Taken(f"sandbox {sandbox_id!r} exists with another digest or owner")
         elif instance.removing:
@@ -134,9 +135,7 @@ class Keeper:
         """Raises WrongState for an instance that a later one has replaced, NotReady while an earlier one is
         still here, Full."""
         if owner is not None:
-            kept = [
-                i.record.owner.instance for i in self._sandboxes.values() if i.record.owner.uid == owner.uid
-            ]
+            kept = [self._sandboxes[each].record.owner.instance for each in self._owned.get(owner.uid, ())]
             highest = max([self._records.fence(owner.uid), *kept])
             if owner.instance < highest:
                 raise WrongState(f"instance {owner.instance} is older than {highest}, which was seen already")
@@ -145,8 +144,18 @@ class Keeper:
         if len(self._sandboxes) >= self.settings.sandboxes:
             raise Full(f"the node takes {self.settings.sandboxes} sandboxes at most")
 
+    def _put(self, instance: Instance) -> None:
+        self._sandboxes[instance.sandbox_id] = instance
+        self._owned.setdefault(instance.record.owner.uid, set()).add(instance.sandbox_id)
+
     def _gone(self, sandbox_id: str) -> None:
-        self._sandboxes.pop(sandbox_id, None)
+        instance = self._sandboxes.pop(sandbox_id, None)
+        if instance is None:
+            return
+        uid = instance.record.owner.uid
+        self._owned[uid].discard(sandbox_id)
+        if not self._owned[uid]:
+            del self._owned[uid]
 
     # Now and then
 
