@@ -11,6 +11,7 @@ from sandkeeper.localcluster.cluster import LocalCluster
 
 SIMULATED_SHIMS = 20
 _MEMORY = Path("/dev/shm")  # noqa: S108
+_ROOM = {"MEMORY_BYTES": str(1 << 40), "PIDS": str(1 << 22)}  # nothing is used of it
 
 
 def say(line: str) -> None:
@@ -37,7 +38,7 @@ def simulated(shims: int = SIMULATED_SHIMS) -> Iterator[LocalCluster]:
     with tempfile.TemporaryDirectory(prefix="sbx-bench-", dir=folder) as name:
         cluster = LocalCluster(Path(name) / "c")
         try:
-            cluster.up(shims=shims, engine="simulated", tied=True, say=say)
+            cluster.up(shims=shims, engine="simulated", shim_env=_ROOM, tied=True, say=say)
             yield cluster
         finally:
             for node in cluster.nodes:  # nothing runs there: what was simulated need not be shut down
