@@ -71,9 +71,12 @@ def wish(o: Observation) -> Wish:
 
 
 def of_this_instance(o: Observation) -> bool:
-    """The status in the API speaks of the instance that is assigned now."""
+    """The status in the API speaks of the instance that is assigned now, and not of one that another object of
+    that name had: a backup that is restored may bring its status along."""
     status = o.sandbox.status
-    return o.assignment is not None and status.instance == o.assignment.instance
+    if o.assignment is None or status.instance != o.assignment.instance:
+        return False
+    return status.sandbox_id in (None, f"{o.uid}-{o.assignment.instance}")
 
 
 def was_started(o: Observation) -> bool:
