@@ -43,6 +43,7 @@ class Pass:
     record: RecordView | None = None  # the answer to our own last call
     refusal: tuple[str, str] | None = None
     last: Action | None = None
+    current: bool = False  # the API server has said in this pass that `raw` is what it has
     fenced: bool = False
 
     def take(self, outcome: act.Outcome) -> None:
@@ -56,6 +57,7 @@ class Pass:
     def moved(self, raw: Raw) -> None:
         """Another instance: what was said of the one before is void."""
         self.raw, self.record, self.refusal = raw, None, None
+        self.current = True
 
 
 class Observer:

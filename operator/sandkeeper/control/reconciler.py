@@ -32,7 +32,7 @@ from sandkeeper.control.actions import (
 from sandkeeper.control.calls import Calls
 from sandkeeper.control.decide import UNSCHEDULABLE, decide
 from sandkeeper.control.ledger import Ledger
-from sandkeeper.control.lifespan import ending
+from sandkeeper.control.lifespan import ending, recorded_ending
 from sandkeeper.control.observation import Assignment, Key, Observation
 from sandkeeper.control.observe import Observer, Pass, assignment_of
 from sandkeeper.control.placement import declared
@@ -44,6 +44,7 @@ from sandkeeper.control.ports import (
     MetricsPort,
     NodesPort,
     NoMetrics,
+    Raw,
     RecorderPort,
     StorePort,
 )
@@ -137,15 +138,21 @@ class Reconciler:
                 self._ledger.note(known)
             self._ledger_complete = True
         self._since.setdefault(key, time.perf_counter())
+        now = Pass(key, raw)
         for _ in range(_MAX_CONFLICTS):
             try:
-                return await self._run(Pass(key, raw))
+                return await self._run(now)
             except Conflict:
                 # The cache is behind, or somebody else writes: go on from what is true now.
-                raw = await self._kube.get(key.namespace, key.name)
-                if raw["metadata"]["uid"] != key.uid:
-                    raise Gone(f"{key.namespace}/{key.name} is another object now") from None
+                now = Pass(key, await self._read(key), current=True)
         raise Conflict(f"{key.namespace}/{key.name} is written by somebody else all the time")
+
+    async def _read(self, key: Key) -> Raw:
+        """The object as it is now. Raises Gone where there is none, or another."""
+        raw = await self._kube.get(key.namespace, key.name)
+        if raw["metadata"]["uid"] != key.uid:
+            raise Gone(f"{key.namespace}/{key.name} is another object now")
+        return raw
 
     async def _run(self, now: Pass) -> float | None:
         ended_call = self._calls.collect(now.key)
@@ -166,6 +173,9 @@ class Reconciler:
                     continue  # how it ended is safe now: the consequences
                 self._settled(now.key, decision)
                 return decision.requeue_after
+            if not now.current and _unchecked(observation, decision.action):
+                now.raw, now.current = await self._read(now.key), True
+                continue
             if decision.action == now.last:
                 return await self._in_trouble(now, f"{type(decision.action).__name__} has no effect")
             now.last = decision.action
@@ -305,6 +315,17 @@ class Reconciler:
     def _wake(self, key: Key) -> None:
         if self.wake is not None:
             self.wake(key)
+
+
+def _unchecked(o: Observation, action: Action) -> bool:
+    """It would be done even if the cache is behind: no write that the API server would refuse goes with it, and
+    the shim fences by the instance alone. What deletes, or forgets what is recorded, nothing takes back."""
+    match action:
+        case Start() | Stop() | Pause() | Resume() | Delete():
+            return True
+        case Shutdown():
+            return not o.deleting and recorded_ending(o) is None
+    return False
 
 
 def _names(key: Key) -> dict[str, str]:
