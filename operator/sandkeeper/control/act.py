@@ -7,9 +7,10 @@ instance.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,9 @@ from sandkeeper.wire.errors import (
 from sandkeeper.wire.ids import OwnerKey
 
 log = logging.getLogger(__name__)
+
+# A call to a shim that takes longer is waited for beside the other passes.
+SLOW = 0.5
 
 # Of a client's errors these say that the call had no effect, and that the same call never will.
 DEFINITE = (AlreadyExists, FailedPrecondition, InvalidArgument, Unimplemented)
@@ -98,34 +102,37 @@ def _identity(raw: Raw) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One assigned instance and the shim to ask about it."""
+    """One assigned instance and the shim to ask about it. `aside` is called when a call to it is slow."""
 
     name: str
     shim: ShimPort
     owner: OwnerKey
     nodes: NodesPort
     metrics: MetricsPort
+    aside: Callable[[], None] = lambda: None
 
     async def call(self, method: str, made: Awaitable[Any]) -> Any:
         """`made`, measured. Raises ShimError."""
         began, result = time.perf_counter(), "OK"
+        slow = asyncio.get_running_loop().call_later(SLOW, self.aside)
         try:
             return await made
         except ShimError as error:
             result = type(error).__name__
             raise
         finally:
+            slow.cancel()
             self.metrics.shim_call(self.name, method, result, time.perf_counter() - began)
 
 
-def node_of(o: Observation, nodes: NodesPort, metrics: MetricsPort) -> Node | None:
-    """The assigned node's shim; None where there is none to ask."""
+def node_of(o: Observation, nodes: NodesPort, metrics: MetricsPort, aside: Callable[[], None]) -> Node | None:
+    """The assigned node's shim; None where there is none to ask. `aside`: see Node."""
     if o.assignment is None:
         return None
     shim = nodes.client(o.assignment.node)
     if shim is None:
         return None
-    return Node(o.assignment.node, shim, owner_key(o, o.assignment), nodes, metrics)
+    return Node(o.assignment.node, shim, owner_key(o, o.assignment), nodes, metrics, aside)
 
 
 async def status(node: Node) -> Outcome:

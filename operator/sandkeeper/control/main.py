@@ -82,6 +82,7 @@ class Operator:
             self.recorder,
             metrics,
             wake=lambda key: self.queue.add(key),
+            aside=lambda key: self.queue.step_aside(key),
             retention_seconds=settings.retention,
             usage_interval=settings.usage_interval,
         )

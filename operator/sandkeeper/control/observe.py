@@ -61,7 +61,7 @@ class Pass:
 
 
 class Observer:
-    """`retention`: see Observation."""
+    """`retention`: see Observation. `aside`: see Reconciler."""
 
     def __init__(
         self,
@@ -71,9 +71,10 @@ class Observer:
         metrics: MetricsPort,
         clock: Callable[[], datetime],
         retention: float,
+        aside: Callable[[Key], None],
     ) -> None:
         self._nodes, self._ledger, self._calls, self._metrics = nodes, ledger, calls, metrics
-        self._clock = clock
+        self._clock, self._aside = clock, aside
         self._retention = retention
 
     async def observe(self, now: Pass) -> Observation:
@@ -112,7 +113,7 @@ class Observer:
         if settled or o.in_flight or not _looks_lost(o):
             return o
         # A list may be older than the last Start: before something is called lost the node is asked.
-        node = act.node_of(o, self._nodes, self._metrics)
+        node = act.node_of(o, self._nodes, self._metrics, lambda: self._aside(now.key))
         now.record = (await act.status(node)).record or Unknown() if node is not None else Unknown()
         return replace(o, record=now.record)
 

@@ -34,8 +34,9 @@ class Queue(Generic[K]):
     The worker returns the seconds until the key wants another look, or None. If it raises, the key is tried
     again after a back-off that doubles with each failure in a row (with jitter), up to `backoff_max`.
 
-    A pass that takes longer than `slow_after` (a node that does not answer) stops counting against
-    `concurrency`, up to `slow_limit` such passes: one hung node must not hold up everybody else's.
+    A pass that waits for a node that does not answer should `step_aside`: it stops counting against
+    `concurrency`, up to `slow_limit` such passes, so that one hung node does not hold up everybody else's. One
+    that waits for the API server should not: that is everybody's, and more at a time make it slower still.
 
     asyncio only: every method is called in the loop's thread.
     """
@@ -48,7 +49,6 @@ class Queue(Generic[K]):
         backoff_base: float = 0.05,
         backoff_max: float = 60.0,
         event_wait_max: float = 1.0,
-        slow_after: float = 0.5,
         slow_limit: int = 1024,
         observer: QueueObserver | None = None,
     ) -> None:
@@ -57,7 +57,6 @@ class Queue(Generic[K]):
         self._backoff_base = backoff_base
         self._backoff_max = backoff_max
         self._event_wait_max = event_wait_max
-        self._slow_after = slow_after
         self._slow_limit = slow_limit
         self._observer = observer
         self._ready: deque[K] = deque()
@@ -109,6 +108,12 @@ class Queue(Generic[K]):
                 return
             pending.cancel()
         self._delayed[key] = loop.call_at(when, self._due, key)
+
+    def step_aside(self, key: K) -> None:
+        """The pass under way for `key` counts no longer; nothing happens where there is none."""
+        if key in self._running and len(self._slow) < self._slow_limit:
+            self._slow.add(key)
+            self._pump()
 
     async def run(self) -> None:
         """Work until `stop`. Cancelling it cancels the passes."""
@@ -200,7 +205,6 @@ class Queue(Generic[K]):
         self._tell_depth()
 
     async def _pass(self, key: K) -> None:
-        aside = asyncio.get_running_loop().call_later(self._slow_after, self._step_aside, key)
         began = time.monotonic()
         outcome, again = "error", None
         try:
@@ -215,7 +219,6 @@ class Queue(Generic[K]):
             again = self._backoff(failures)
             log.exception("A pass failed; it is tried again", extra={"key": str(key), "failures": failures})
         finally:
-            aside.cancel()
             if self._observer is not None:
                 self._observer.finished(outcome, time.monotonic() - began)
             self._leave(key, again)
@@ -232,11 +235,6 @@ class Queue(Generic[K]):
         if not self._running:
             self._idle.set()
         self._pump()
-
-    def _step_aside(self, key: K) -> None:
-        if key in self._running and len(self._slow) < self._slow_limit:
-            self._slow.add(key)
-            self._pump()
 
     def _backoff(self, failures: int) -> float:
         # Full doubling with the upper half random: passes that failed together do not come back together.

@@ -65,7 +65,8 @@ def utc_now() -> datetime:
 
 class Reconciler:
     """`wake(key)` is called from the event loop when a key wants a look that nothing else would give it: pass
-    `queue.add`. `retention_seconds`: how long an ended instance stays on its node, so that its logs can be
+    `queue.add`. `aside(key)` is called when its pass waits long for a node: pass `queue.step_aside`.
+    `retention_seconds`: how long an ended instance stays on its node, so that its logs can be
     read. `usage_interval`: seconds from which on newer usage alone is worth a status write; 0 for never.
     """
 
@@ -79,6 +80,7 @@ class Reconciler:
         clock: Callable[[], datetime] = utc_now,
         *,
         wake: Callable[[Key], None] | None = None,
+        aside: Callable[[Key], None] = lambda key: None,
         retention_seconds: float = 0.0,
         usage_interval: float = 0.0,
         patience: float = 1.0,
@@ -86,10 +88,13 @@ class Reconciler:
         self._store, self._kube, self._nodes, self._recorder = store, kube, nodes, recorder
         self._metrics = metrics or NoMetrics()
         self.wake = wake
+        self._aside = aside
         self._usage_interval = usage_interval
         self._calls: Calls[act.Outcome] = Calls(self._wake, patience)
         self._ledger = Ledger()
-        self._observer = Observer(nodes, self._ledger, self._calls, self._metrics, clock, retention_seconds)
+        self._observer = Observer(
+            nodes, self._ledger, self._calls, self._metrics, clock, retention_seconds, aside
+        )
         self._ledger_complete = False
         self._failures: dict[Key, int] = {}
         self._unschedulable: set[Key] = set()
@@ -219,7 +224,7 @@ class Reconciler:
         self._metrics.stage("assign", time.perf_counter() - began)
 
     async def _call(self, now: Pass, o: Observation, action: Action) -> str:
-        node = act.node_of(o, self._nodes, self._metrics)
+        node = act.node_of(o, self._nodes, self._metrics, lambda: self._aside(now.key))
         if node is None or o.assignment is None:
             return "the node's shim cannot be asked"
         call: Coroutine[Any, Any, act.Outcome]

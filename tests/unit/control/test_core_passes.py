@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 from tests.unit.control.fakes import SPEC, FakeStore, World
 
 from sandkeeper.api import ASSIGNMENT_ANNOTATION, FINALIZER
+from sandkeeper.control import act
 from sandkeeper.control.observation import Key
 from sandkeeper.wire import node_pb2
 from sandkeeper.wire.errors import InvalidArgument, Unimplemented
@@ -500,6 +502,40 @@ async def test_a_slow_call_is_told_and_holds_up_nothing(world: World) -> None:
     await reconciler.reconcile(key)
     assert world.condition(key, "Ready") == ("True", "Running")
     await reconciler.close()
+
+
+async def test_a_pass_steps_aside_for_a_slow_node_and_not_for_a_slow_api_server(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(act, "SLOW", 0.0)
+    aside: list[Key] = []
+    stepped = asyncio.Event()
+
+    def step_aside(key: Key) -> None:
+        aside.append(key)
+        stepped.set()
+
+    start, patch = world.shim.start, world.kube.patch_metadata
+    during_the_write: list[Key] = []
+
+    async def slow_patch(*args: Any) -> Any:
+        for _ in range(10):  # rounds of the event loop
+            await asyncio.sleep(0)
+        during_the_write.extend(aside)
+        return await patch(*args)
+
+    async def slow_start(owner: Any) -> int:
+        async with asyncio.timeout(5):
+            await stepped.wait()
+        return await start(owner)
+
+    monkeypatch.setattr(world.kube, "patch_metadata", slow_patch)
+    monkeypatch.setattr(world.shim, "start", slow_start)
+    key = world.kube.create()
+    await world.another(aside=step_aside, patience=5.0).reconcile(key)
+    assert world.condition(key, "Ready") == ("True", "Running")
+    assert during_the_write == []
+    assert set(aside) == {key}
 
 
 async def test_annotation_wiped_by_replace_is_restored(world: World) -> None:

@@ -187,7 +187,7 @@ async def test_one_keys_failure_does_not_delay_the_others() -> None:
 
 
 async def test_concurrency_is_bounded() -> None:
-    bench = Bench(concurrency=3, slow_after=60)
+    bench = Bench(concurrency=3)
     gate = asyncio.Event()
     bench.gates = {str(number): gate for number in range(20)}
     async with running(bench):
@@ -203,13 +203,16 @@ async def test_concurrency_is_bounded() -> None:
     assert max(waiting for waiting, _, _ in bench.depths) == 17
 
 
-async def test_slow_passes_step_aside() -> None:
-    bench = Bench(concurrency=2, slow_after=0.01)
+async def test_a_pass_that_steps_aside_holds_up_nobody() -> None:
+    bench = Bench(concurrency=2)
     gate = asyncio.Event()
     bench.gates = {"hung-1": gate, "hung-2": gate}
     async with running(bench):
         for key in ["hung-1", "hung-2", "good-1", "good-2", "good-3"]:
             bench.queue.add(key)
+        await asyncio.sleep(0)
+        for key in [*bench.gates, "good-1", "unknown"]:
+            bench.queue.step_aside(key)
         await bench.until(lambda: len(bench.passes) == 3)
         assert all(key.startswith("good") for key in bench.passes)
         assert bench.queue.running == 2
@@ -218,17 +221,18 @@ async def test_slow_passes_step_aside() -> None:
     assert not bench.overlapped
 
 
-async def test_slow_passes_are_bounded_too() -> None:
-    bench = Bench(concurrency=1, slow_after=0.01, slow_limit=1)
+async def test_passes_that_stepped_aside_are_bounded_too() -> None:
+    bench = Bench(concurrency=1, slow_limit=1)
     gate = asyncio.Event()
     bench.gates = {"hung-1": gate, "hung-2": gate}
     async with running(bench):
         for key in ["hung-1", "hung-2", "good"]:
             bench.queue.add(key)
-        async with asyncio.timeout(DEADLINE):
-            while bench.queue.running < 2:  # noqa: ASYNC110
-                await asyncio.sleep(0.005)
-        assert bench.queue.waiting == 1
+        await asyncio.sleep(0)
+        bench.queue.step_aside("hung-1")
+        assert (bench.queue.running, bench.queue.waiting) == (2, 1)
+        bench.queue.step_aside("hung-2")
+        assert (bench.queue.running, bench.queue.waiting) == (2, 1)
         gate.set()
         await bench.until(lambda: len(bench.passes) == 3)
 
