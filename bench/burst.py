@@ -6,6 +6,7 @@ import asyncio
 import statistics
 import time
 
+from bench.costs import cpu
 from bench.result import Result, milliseconds
 from sandkeeper.localcluster.cluster import LocalCluster
 from sandkeeper.localcluster.watching import Marks, Watcher, manifest, watching
@@ -34,9 +35,9 @@ async def run(cluster: LocalCluster, at_once: int, through: int) -> Result:
                 return await watcher.create_until_ready(manifest(name))
 
         names = [f"through-{number}" for number in range(through)]
-        began = time.perf_counter()
+        before, began = cpu(cluster), time.perf_counter()
         ways = await asyncio.gather(*(one(name) for name in names))
-        took = time.perf_counter() - began
+        took, spent = time.perf_counter() - began, cpu(cluster) - before
         began = time.perf_counter()
         went_each = await asyncio.gather(*(watcher.delete_until_gone(name) for name in names))
         went = time.perf_counter() - began
@@ -46,6 +47,7 @@ async def run(cluster: LocalCluster, at_once: int, through: int) -> Result:
             **milliseconds(f"burst{at_once}", ready, 0.5, 0.99),
             f"burst{at_once}_gone_s": statistics.median(gone),
             f"through{through}_per_s": through / took,
+            **{f"through{through}_{name}": value for name, value in spent.each(through).items()},
             **milliseconds(f"through{through}", [way.ready for way in ways], 0.5, 0.99),
             f"through{through}_gone_s": went,
             **milliseconds(f"through{through}_gone", went_each, 0.5, 0.99),

@@ -18,7 +18,8 @@ _REQUESTS = "apiserver_request_total{"
 
 @dataclass(frozen=True, slots=True)
 class Cpu:
-    """CPU seconds, user and system, that the parts of a cluster have used."""
+    """CPU seconds, user and system, that the parts of a cluster have used; the shims' with what they ran and waited
+    for (runtimes, but not what stays: monitors and containers)."""
 
     operator: float
     apiserver: float
@@ -47,16 +48,16 @@ def cpu(cluster: LocalCluster) -> Cpu:
         operator=_cpu_of(pids[OPERATOR]),
         apiserver=_cpu_of(pids["kube-apiserver"]),
         etcd=_cpu_of(pids["etcd"]),
-        shims=sum(_cpu_of(pids[name]) for name in cluster.nodes),
+        shims=sum(_cpu_of(pids[name], children=True) for name in cluster.nodes),
         client=_cpu_of(os.getpid()),
     )
 
 
-def _cpu_of(pid: int | None) -> float:
+def _cpu_of(pid: int | None, *, children: bool = False) -> float:
     if pid is None:
         return 0.0
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICK
+    return sum(map(int, fields[11 : 15 if children else 13])) / _TICK
 
 
 class Memory:
