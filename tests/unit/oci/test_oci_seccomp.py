@@ -22,6 +22,7 @@ ADMIN = frozenset({"CAP_SYS_ADMIN"})
 DENIED = (
     *("unshare", "setns", "mount", "umount", "umount2", "pivot_root", "mount_setattr", "move_mount"),
     *("open_tree", "fsopen", "fsconfig", "fsmount", "fspick", "add_key", "keyctl", "request_key"),
+    *("syslog", "pidfd_getfd", "socketcall"),
 )
 # In containers-common's format, with a rule of each kind.
 PROFILE: dict[str, Any] = {
@@ -70,6 +71,8 @@ def _matches(arg: dict[str, Any], args: tuple[int, ...]) -> bool:
     match arg["op"]:
         case "SCMP_CMP_EQ":
             return value == arg["value"]
+        case "SCMP_CMP_NE":
+            return value != arg["value"]
         case "SCMP_CMP_MASKED_EQ":
             return value & arg["value"] == arg["valueTwo"]
     raise AssertionError(arg["op"])
@@ -195,6 +198,17 @@ def test_clone_makes_processes_and_threads_but_no_namespaces(machine: str, index
     assert (clone(FORK), clone(THREAD)) == (ALLOW, ALLOW)
     for name, flag in NEW_NAMESPACE.items():
         assert clone(FORK | flag) == ERRNO, name
+
+
+@pytest.mark.parametrize("caps", [NONE, DEFAULT_CAPABILITIES])
+def test_sockets_are_those_of_the_network_namespace(caps: frozenset[str]) -> None:
+    allowed = {"AF_UNIX": 1, "AF_INET": 2, "AF_INET6": 10, "AF_NETLINK": 16, "AF_PACKET": 17}
+    for profile in (PROFILE, {**PROFILE, "syscalls": [{"names": ["socket"], "action": ALLOW, "args": []}]}):
+        found = resolve(profile, caps, "x86_64")
+        assert {family for family in range(64) if verdict(found, "socket", family, 0, 0)[0] == ALLOW} == set(
+            allowed.values()
+        )
+        assert verdict(found, "socket", allowed["AF_NETLINK"], 0, 9) == (ERRNO, errno.EINVAL)
 
 
 def test_who_may_administer_has_the_profile_untouched() -> None:

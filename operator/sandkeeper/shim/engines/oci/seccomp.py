@@ -34,7 +34,15 @@ _NARROWED = (
     "fsopen", "fsconfig", "fsmount", "fspick",
     # Keyrings are shared by all containers of a user.
     "add_key", "keyctl", "request_key",
+    # The kernel's log tells addresses; another process's files are its own.
+    "syslog", "pidfd_getfd",
+    # Calls socket with arguments that no filter can see (32-bit programs; they fall back to socket).
+    "socketcall",
 )  # fmt: skip
+_SOCKETS = {"AF_UNIX": 1, "AF_INET": 2, "AF_INET6": 10, "AF_PACKET": 17}
+"""Families that belong to the network namespace. AF_VSOCK would reach the hypervisor from any of them; AF_ALG and the
+old protocols are the kernel's least tended code."""
+_AF_NETLINK, _NETLINK_AUDIT = 16, 9
 _NEW_NAMESPACE = 0x7E020000
 """clone(2): CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID and NEWNET."""
 
@@ -75,11 +83,11 @@ def resolve(profile: Mapping[str, Any], capabilities: frozenset[str], machine: s
 
 
 def _narrow(rules: list[dict[str, Any]], arch: str) -> list[dict[str, Any]]:
-    """The rules for a process that may not administer: no new namespaces, no mounts, no keyrings.
+    """The rules for a process that may not administer: no new namespaces, mounts or keyrings, sockets of a few kinds.
 
     Source: moby's profiles/seccomp/default.json, the rules for `clone`, `clone3` and CAP_SYS_ADMIN.
     """
-    denied = {*_NARROWED, "clone", "clone3"}
+    denied = {*_NARROWED, "clone", "clone3", "socket"}
     kept = [{**rule, "names": [name for name in rule["names"] if name not in denied]} for rule in rules]
     flags = {"index": 1 if arch == "s390x" else 0, "value": _NEW_NAMESPACE, "valueTwo": 0}
     return [
@@ -92,7 +100,27 @@ def _narrow(rules: list[dict[str, Any]], arch: str) -> list[dict[str, Any]]:
         },
         # Its flags lie in memory, where no filter can look; libc falls back to clone.
         {"names": ["clone3"], "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS},
+        *(
+            {"names": ["socket"], "action": "SCMP_ACT_ALLOW", "args": [_is(0, family)]}
+            for family in _SOCKETS.values()
+        ),
+        {
+            "names": ["socket"],
+            "action": "SCMP_ACT_ALLOW",
+            "args": [_is(0, _AF_NETLINK), _is(2, _NETLINK_AUDIT, "SCMP_CMP_NE")],
+        },
+        # As a kernel without audit says it, which is what libaudit expects.
+        {
+            "names": ["socket"],
+            "action": "SCMP_ACT_ERRNO",
+            "errnoRet": errno.EINVAL,
+            "args": [_is(0, _AF_NETLINK), _is(2, _NETLINK_AUDIT)],
+        },
     ]
+
+
+def _is(index: int, value: int, op: str = "SCMP_CMP_EQ") -> dict[str, Any]:
+    return {"index": index, "value": value, "valueTwo": 0, "op": op}
 
 
 def _applies(rule: Mapping[str, Any], capabilities: frozenset[str], arch: str) -> bool:
