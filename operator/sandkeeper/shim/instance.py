@@ -140,14 +140,15 @@ class Instance:
                 break
             except EngineError as error:
                 if not error.retryable:
-                    await self._fail(error)
+                    await self._kept.insist(changes.failed(error), sync=True)
+                    self._failed(error)
                     return
                 wait = backoff.wait(attempt)
-                await self._kept.update(changes.waiting(error, wait, first=attempt == 0))
+                await self._kept.insist(changes.waiting(error, wait, first=attempt == 0))
                 self._settled.set()
                 await asyncio.sleep(wait)
             attempt += 1
-        await self._kept.update(changes.prepared(digests))
+        await self._kept.insist(changes.prepared(digests))
         self._settled.set()
 
     def _progress(self, container: str, reason: str, message: str) -> None:
@@ -157,6 +158,9 @@ class Instance:
 
     async def _fail(self, error: EngineError) -> None:
         await self._kept.update(changes.failed(error), sync=True)
+        self._failed(error)
+
+    def _failed(self, error: EngineError) -> None:
         self._settled.set()
         self._final.set()
         log.info("sandbox failed", extra={"sandbox": self.sandbox_id, "reason": error.reason})
@@ -204,6 +208,10 @@ class Instance:
             else:
                 raise outcome
         running = changes.running(pid, pids)
+        if errors and all(error.passes for error in errors.values()):
+            # The same call again finds what was started, and starts the rest.
+            first = next(iter(errors.values()))
+            raise NotReady(f"{first.reason}: {first.message}")
         if errors:
             raise await self._start_failed(running, list(pids), errors)
         await self._kept.update(running)

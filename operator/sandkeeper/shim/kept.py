@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from sandkeeper.shim import changes
 from sandkeeper.shim.records import Asked, Records, Saved
 from sandkeeper.shim.watch import Journal
 from sandkeeper.wire import node_pb2
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 1.0
+"""Between attempts to note what must not be lost, such as an exit while the disk is full."""
 
 
 class Kept:
@@ -60,6 +66,15 @@ class Kept:
                 fresh = changes.changed(self.record, change)
                 self._records.save(self._saved(fresh))
                 self._become(fresh)
+
+    async def insist(self, change: changes.Change, *, sync: bool = False) -> None:
+        """As `update`, again and again until the disk takes it."""
+        while True:
+            try:
+                return await self.update(change, sync=sync)
+            except OSError as error:
+                log.error("tried again", extra={"sandbox": self.sandbox_id, "error": str(error)})
+            await asyncio.sleep(RETRY_SECONDS)
 
     async def _update_durably(self, change: changes.Change) -> None:
         async with self._disk:

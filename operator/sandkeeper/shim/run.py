@@ -12,16 +12,13 @@ from typing import Any
 
 from sandkeeper.shim import changes
 from sandkeeper.shim.engines.base import SANDBOX_PROCESS, Engine, EngineError, ProcessExit
-from sandkeeper.shim.kept import Kept
+from sandkeeper.shim.kept import RETRY_SECONDS, Kept
 from sandkeeper.shim.restart import Backoff, ended_for_good, restarts, sandbox_exit
 from sandkeeper.shim.settings import ShimSettings
 from sandkeeper.shim.tasks import Tasks
 from sandkeeper.wire import node_pb2
 
 log = logging.getLogger(__name__)
-
-RETRY_SECONDS = 1.0
-"""Between attempts to note what must not be lost, such as an exit while the disk is full."""
 
 
 class Run:
@@ -194,6 +191,8 @@ class Run:
         try:
             pid = await self._engine.start_container(kept.sandbox_id, kept.config, name, attempt)
         except EngineError as error:
+            if error.passes:
+                raise
             await kept.update(changes.restarted(name, 0, attempt))
             return await self._container_ended(name, attempt, changes.start_error(name, error))
         await kept.update(changes.restarted(name, pid, attempt))

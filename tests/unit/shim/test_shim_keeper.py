@@ -114,6 +114,15 @@ async def test_create_again_is_the_same_sandbox(make: Make) -> None:
     assert len(keeper.all()) == 1
 
 
+async def test_preparing_goes_on_when_the_disk_does(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sandkeeper.shim.kept.RETRY_SECONDS", 0.01)
+    keeper = await make(failpoints={"record_save": "1*off->3*error"})
+    assert (await create(keeper, FOREVER)).record.state == node_pb2.STATE_CREATED
+    keeper = await make(failpoints={"record_save": "1*off->3*error"})
+    other = OwnerKey("ns", "other", "77aa", 1)
+    assert (await create(keeper, FOREVER, owner=other, image="invalid")).record.state == node_pb2.STATE_FAILED
+
+
 async def test_create_many_at_once_makes_one(make: Make) -> None:
     keeper = await make()
     made = await asyncio.gather(*(keeper.create(OWNER.sandbox_id, config(FOREVER), OWNER) for _ in range(20)))
@@ -314,6 +323,21 @@ async def test_a_container_that_does_not_start_ends_the_others(make: Make) -> No
     assert (await keeper.engine.inspect(OWNER.sandbox_id, "c0", 0)).exit is not None
 
 
+@pytest.mark.parametrize("failure", ["error", "lose"])
+async def test_what_the_node_cannot_just_now_is_no_failed_start(make: Make, failure: str) -> None:
+    """The same Start again starts what is missing, and nothing twice."""
+    keeper = await make(failpoints={"start_container": f"1*off->1*{failure}"})
+    instance = await create(keeper, FOREVER, FOREVER)
+    with pytest.raises(NotReady, match="Failpoint"):
+        await instance.start()
+    assert instance.record.state == node_pb2.STATE_CREATED
+    first = (await keeper.engine.inspect(OWNER.sandbox_id, "c0", 0)).pid
+    await instance.start()
+    assert instance.record.state == node_pb2.STATE_RUNNING
+    pids = [each.pid for each in instance.record.containers]
+    assert pids[0] == first != pids[1] > 0
+
+
 async def test_the_sandbox_process_goes_when_the_end_is_known(make: Make) -> None:
     keeper = await make()
     instance = await run(keeper, ["exit", "0"])
@@ -364,6 +388,17 @@ async def test_on_failure_starts_again_and_counts(make: Make) -> None:
     assert instance.record.containers[0].exit.status == 1
     await instance.stop(0)
     assert instance.record.state == node_pb2.STATE_EXITED
+
+
+async def test_a_restart_that_the_node_cannot_do_just_now_is_not_counted(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sandkeeper.shim.run.RETRY_SECONDS", 0.01)
+    keeper = await make(failpoints={"start_container": "1*off->3*error"})
+    instance = await run(keeper, ["ignore-term", "sleep", "0.01"], policy=node_pb2.RESTART_POLICY_ALWAYS)
+    await until(lambda: instance.record.containers[0].restart_count)
+    assert instance.record.containers[0].exit.reason == "Completed"
+    assert instance.record.containers[0].restart_count == 1
 
 
 async def test_on_failure_leaves_a_success_alone(make: Make) -> None:

@@ -34,6 +34,11 @@ class EngineError(Exception):
         self.message = message
         self.retryable = retryable
 
+    @property
+    def passes(self) -> bool:
+        """The node cannot just now, whatever is asked of it: that is no end of a container."""
+        return self.retryable and self.reason != "StartError"
+
 
 @dataclass(frozen=True, slots=True)
 class RuntimeInfo:
