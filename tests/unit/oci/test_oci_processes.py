@@ -286,6 +286,23 @@ def test_conmons_exit_file_is_read_when_it_is_whole(attempt: AttemptFolder, cgro
     assert exits.read(attempt, cgroups) == exits.decide(3, AT, out_of_memory=False)
 
 
+@pytest.mark.parametrize("spoilt", [None, "", "x"])
+def test_an_exit_that_the_full_disk_did_not_take_is_read_from_its_copy(
+    attempt: AttemptFolder, cgroups: Cgroups, tmp_path: Path, spoilt: str | None
+) -> None:
+    """conmon writes to both folders; the second may be a link to another file system, empty after a reboot."""
+    attempt.persist.rmdir()
+    attempt.persist.symlink_to(tmp_path / "run")
+    assert exits.read(attempt, cgroups) is None
+    (tmp_path / "run").mkdir()
+    assert exits.read(attempt, cgroups) is None
+    if spoilt is not None:
+        attempt.exit_file.write_text(spoilt)
+    attempt.exit_copy.write_text("3")
+    os.utime(attempt.exit_copy, (AT.timestamp(), AT.timestamp()))
+    assert exits.read(attempt, cgroups) == exits.decide(3, AT, out_of_memory=False)
+
+
 def test_an_end_for_memory_is_seen_by_conmon_or_in_the_cgroup(
     attempt: AttemptFolder, cgroups: Cgroups, tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sandkeeper.shim.engines.base import EngineError
-from sandkeeper.shim.engines.oci import filesystems, monitor, pause, rootfs, spec, tools
+from sandkeeper.shim.engines.oci import exits, filesystems, monitor, pause, rootfs, spec, tools
 from sandkeeper.shim.engines.oci.cgroups import Cgroups
 from sandkeeper.shim.engines.oci.folders import AttemptFolder, ContainerFolder, SandboxFolder
 from sandkeeper.shim.engines.oci.images.types import Image, ImageConfig
@@ -33,6 +33,8 @@ from sandkeeper.wire.ids import valid_id
 log = logging.getLogger(__name__)
 
 _MONITOR_SECONDS = 3.0
+_LEAST_FREE = 1024 * 1024
+"""Bytes. With less than this on its disk, a start that fails may well have failed for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,8 +194,20 @@ class Containers:
     def start_container(
         self, sandbox_id: str, config: node_pb2.SandboxConfig, name: str, attempt: int, runtime: str
     ) -> int:
-        """Starts an attempt of a container, or finds it started. Raises EngineError `StartError`."""
-        sandbox = self.folder(sandbox_id)
+        """Starts an attempt of a container, or finds it started. Raises EngineError `StartError`, and
+        `NodeError` where the disk is full."""
+        try:
+            return self._start_container(self.folder(sandbox_id), config, name, attempt, runtime)
+        except EngineError as error:
+            found = os.statvfs(self._options.root_dir)
+            if found.f_bavail * found.f_frsize >= _LEAST_FREE:
+                raise
+            # Whatever the runtime says, the container is not to blame.
+            raise EngineError("NodeError", f"no space left: {error.message}", retryable=True) from error
+
+    def _start_container(
+        self, sandbox: SandboxFolder, config: node_pb2.SandboxConfig, name: str, attempt: int, runtime: str
+    ) -> int:
         process = self.process(sandbox)
         if process is None or not process.alive():
             raise EngineError("StartError", "the sandbox process does not run")
@@ -214,6 +228,7 @@ class Containers:
         binds = filesystems.binds(sandbox, folder, container)
         document = self._spec(sandbox, config, container, image, process.pid, binds)
         folder.config.write_text(json.dumps(document))
+        self._link_persist(folder)
         built = time.perf_counter()
         try:
             pid = monitor.create(
@@ -232,7 +247,7 @@ class Containers:
         log.debug(
             "container started",
             extra={
-                "sandbox": sandbox_id,
+                "sandbox": sandbox.sandbox_id,
                 "container": name,
                 "ms_bundle": round((built - began) * 1e3, 2),
                 "ms_create": round((created - built) * 1e3, 2),
@@ -240,6 +255,18 @@ class Containers:
             },
         )
         return pid
+
+    def _link_persist(self, folder: AttemptFolder) -> None:
+        if self._options.run_dir is None:
+            return
+        place = self._options.run_dir / folder.sandbox_id / folder.runtime_id
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not folder.persist.is_symlink():
+            folder.persist.symlink_to(place)
+
+    def _discard_persist(self, sandbox_id: str, runtime_id: str = "") -> None:
+        if self._options.run_dir is not None:
+            _discard(self._options.run_dir / sandbox_id / runtime_id)
 
     def _record(self, folder: AttemptFolder, process: ProcessRef) -> Started:
         watching = monitor.find(folder)
@@ -257,7 +284,7 @@ class Containers:
             return started
         state = self._state(sandbox, folder, runtime)
         pid = monitor.read_pid(folder.pid_file)
-        if folder.exit_file.exists() or state == "running":
+        if exits.read(folder, self._cgroups) is not None or state == "running":
             return self._record(folder, ProcessRef.of(pid) or ProcessRef(pid, 0, ""))
         self._clear(sandbox, folder, runtime, keep_log=False)
         return None
@@ -294,6 +321,7 @@ class Containers:
             monitor.end(watching, _MONITOR_SECONDS)
         self._cgroups.remove_container(folder.sandbox_id, folder.container)
         filesystems.unmount_attempt(folder)
+        self._discard_persist(folder.sandbox_id, folder.runtime_id)
         for each in folder.path.iterdir() if folder.path.exists() else ():
             if keep_log and each.name == folder.log.name:
                 continue
@@ -307,6 +335,7 @@ class Containers:
         """Leaves nothing. Raises EngineError `RemoveFailed` where something does not go."""
         folder = self.folder(sandbox_id)
         if not folder.path.exists() and not self._cgroups.exists(sandbox_id):
+            self._discard_persist(sandbox_id)
             return
         attempts = [attempt for container in folder.containers() for attempt in container.attempts()]
         watching = [ref for attempt in attempts if (ref := monitor.find(attempt)) is not None]
@@ -318,6 +347,7 @@ class Containers:
         self._end_process(folder)
         filesystems.unmount_all(folder)
         self._cgroups.remove(sandbox_id)
+        self._discard_persist(sandbox_id)
         _discard(folder.path)
         if folder.path.exists():
             raise EngineError("RemoveFailed", f"{folder.path} cannot be removed", retryable=True)
@@ -329,18 +359,30 @@ class Containers:
             found = pause.find(self._options.root_dir, folder.sandbox_id)
         for ref in found:
             if ref.alive():
-                write_json(folder.killed, {"signal": signal.SIGKILL})
+                note_kill(folder, signal.SIGKILL)
             if ref.send(signal.SIGKILL) and not ref.join(5.0):
                 raise EngineError("RemoveFailed", f"process {ref.pid} does not end", retryable=True)
             reap(ref.pid)
 
     def list(self) -> frozenset[str]:
         """Sandboxes of which anything is left. What has another name (`lost+found`) is not ours."""
-        try:
-            folders = {each.name for each in (self._options.root_dir / "sandboxes").iterdir()}
-        except FileNotFoundError:
-            folders = set()
-        return frozenset(filter(valid_id, folders | self._cgroups.list()))
+        found = _names(self._options.root_dir / "sandboxes") | self._cgroups.list()
+        if self._options.run_dir is not None:
+            found |= _names(self._options.run_dir)
+        return frozenset(filter(valid_id, found))
+
+
+def _names(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(each.name for each in folder.iterdir())
+    except FileNotFoundError:
+        return frozenset()
+
+
+def note_kill(folder: SandboxFolder, number: int) -> None:
+    """Which signal the sandbox process gets from us. A disk without room for that keeps no process alive."""
+    with contextlib.suppress(OSError):
+        write_json(folder.killed, {"signal": number})
 
 
 def _discard(path: Path) -> None:

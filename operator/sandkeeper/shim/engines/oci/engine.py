@@ -264,7 +264,7 @@ class OCIEngine(Engine):
         if container == SANDBOX_PROCESS:
             process = self._containers.process(folder)
             if process is not None and process.alive():
-                write_json(folder.killed, {"signal": signal})
+                containers.note_kill(folder, signal)
                 process.send(signal)
             return
         started = containers.read_started(self._attempt(sandbox_id, container, attempt))

@@ -33,16 +33,25 @@ def _name(number: int) -> str:
 
 
 def read(folder: AttemptFolder, cgroups: Cgroups) -> ProcessExit | None:
-    """The exit that conmon recorded; None where it has not, or not whole."""
-    try:
-        code = int(folder.exit_file.read_text())
-        at = datetime.fromtimestamp(folder.exit_file.stat().st_mtime, UTC)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    """The exit that conmon recorded; None where it has not, or not whole.
+
+    It is written twice, since the disk may be full: see AttemptFolder.persist.
+    """
+    found = _recorded(folder.exit_file) or _recorded(folder.exit_copy)
+    if found is None:
         return None
+    code, at = found
     out_of_memory = folder.oom_file.exists() or (
         code != 0 and cgroups.oom_kills(folder.sandbox_id, folder.container) > 0
     )
     return decide(code, at, out_of_memory=out_of_memory)
+
+
+def _recorded(file: Path) -> tuple[int, datetime] | None:
+    try:
+        return int(file.read_text()), datetime.fromtimestamp(file.stat().st_mtime, UTC)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
 
 
 def lost(message: str, at: datetime | None = None) -> ProcessExit:

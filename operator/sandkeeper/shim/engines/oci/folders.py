@@ -61,9 +61,19 @@ class AttemptFolder:
         return self.path / "exit" / self.runtime_id
 
     @property
+    def persist(self) -> Path:
+        """The second folder that conmon writes to at the end; a link to another file system where there is one."""
+        return self.path / "persist"
+
+    @property
+    def exit_copy(self) -> Path:
+        """Written by conmon at the end, before `exit_file`: the exit code."""
+        return self.persist / "exit"
+
+    @property
     def oom_file(self) -> Path:
         """Written by conmon when the kernel killed for memory."""
-        return self.path / "persist" / "oom"
+        return self.persist / "oom"
 
     @property
     def log(self) -> Path:

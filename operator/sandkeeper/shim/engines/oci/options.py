@@ -18,6 +18,9 @@ class Options:
 
     # The engine's own folder; nothing else may write there.
     root_dir: Path
+    # On another file system than root_dir, so that what conmon has to say of an end has room when a sandbox has
+    # filled that one. None: the same.
+    run_dir: Path | None = None
     # Name -> program of the runtimes to try; a bare name is looked up in PATH.
     runtimes: Mapping[str, str] = field(
         default_factory=lambda: {"crun": "crun", "runc": "runc", "runsc": "runsc"}
@@ -61,4 +64,6 @@ class Options:
         if not isinstance(values.get("runtimes", {}), Mapping):
             values["runtimes"] = {str(name).rpartition("/")[2]: str(name) for name in values["runtimes"]}
         values["root_dir"] = Path(values["root_dir"]).absolute()
+        if "run_dir" in values:
+            values["run_dir"] = Path(values["run_dir"]).absolute() / "oci"
         return cls(**values)

@@ -139,5 +139,9 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """Writes a document whole or not at all, as a crash of this process sees it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-    temporary.write_bytes(json.dumps(value).encode())
-    temporary.rename(path)
+    try:
+        temporary.write_bytes(json.dumps(value).encode())
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
