@@ -87,19 +87,22 @@ class Watcher:
         self.writes: dict[str, int] = {}
 
     async def follow(self, started: asyncio.Event) -> None:
-        """Watches until it is cancelled. Raises WatchError where the API server ends the watch."""
+        """Watches until it is cancelled. Raises WatchError where the API server has forgotten the last version seen.
+
+        It ends the watch of a client that was slow for a moment; then this one goes on where it was.
+        """
         async with self._session.get(self._url) as answer:
             version = (await answer.json())["metadata"]["resourceVersion"]
-        query = {"watch": "1", "resourceVersion": version}
-        async with self._session.get(self._url, params=query, timeout=_ENDLESS) as answer:
-            started.set()
-            buffer = b""
-            async for chunk in answer.content.iter_any():
-                now = time.perf_counter()
-                *lines, buffer = (buffer + chunk).split(b"\n")
-                for line in lines:
-                    self._note(json.loads(line), now)
-        raise WatchError("the API server ended the watch")
+        while True:
+            query = {"watch": "1", "resourceVersion": version}
+            async with self._session.get(self._url, params=query, timeout=_ENDLESS) as answer:
+                started.set()
+                buffer = b""
+                async for chunk in answer.content.iter_any():
+                    now = time.perf_counter()
+                    *lines, buffer = (buffer + chunk).split(b"\n")
+                    for line in lines:
+                        version = self._note(json.loads(line), now)
 
     def broken(self, error: BaseException) -> None:
         """Nothing more will be seen: whoever waits gets the error."""
@@ -108,7 +111,8 @@ class Watcher:
                 future.set_exception(error)
         self._waiting.clear()
 
-    def _note(self, event: Body, now: float) -> None:
+    def _note(self, event: Body, now: float) -> str:
+        """The version that the event is of."""
         if event["type"] == "ERROR":
             raise WatchError(str(event["object"].get("message")))
         name = event["object"]["metadata"]["name"]
@@ -128,6 +132,7 @@ class Watcher:
                 still.append((wanted, future))
         if still:
             self._waiting[name] = still
+        return str(event["object"]["metadata"]["resourceVersion"])
 
     def when(self, name: str, wanted: Wanted) -> asyncio.Future[float]:
         """The moment at which the watch first shows what is wanted; from now on."""
