@@ -203,6 +203,11 @@ class ApiProxy:
         """Sends old events once more, on every watch of their resource; returns how many."""
         return self._loop.call(self._replay(_event_filter(**matching)))
 
+    def passed(self, **matching: Any) -> int:
+        """How many events the API server has sent so far, on all watches."""
+        wanted = _event_filter(**matching)
+        return sum(wanted(event) for event, _ in tuple(self._events))
+
     def cut(self, resource: str = "sandboxes") -> int:
         """Open watches end, as they do when their time is over; returns how many."""
         return self._loop.call(self._end(resource, b""))

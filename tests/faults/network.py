@@ -20,17 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.cluster import eventually, fresh_namespace
+from tests.cluster import condition_of, eventually, fresh_namespace
 from tests.faults.apiproxy import ApiProxy
 from tests.faults.oracle import Oracle
 from tests.faults.recorders import Objects, Shims
 from tests.faults.tcpproxy import TcpProxy
-from tests.histories import Object
+from tests.histories import Object, kstatus
 from tests.sandboxes import Sandboxes
 
+from sandkeeper.api import ASSIGNMENT_ANNOTATION
 from sandkeeper.localcluster.apiserver import Kubectl, free_ports
 from sandkeeper.localcluster.cluster import Engine, LocalCluster
 from sandkeeper.localcluster.watching import manifest
+from sandkeeper.wire import node_pb2
 
 INTERVALS = {
     "RELIST_INTERVAL": "0.5",
@@ -131,6 +133,13 @@ class Trial:
     def uid(self, name: str, life: int = -1) -> str:
         return self.network.objects.uids(self.namespace, name)[life]
 
+    def states(self, name: str) -> list[str]:
+        """RUNNING, PREPARING, ...: of what the nodes have of the newest object with this name."""
+        return sorted(
+            node_pb2.State.Name(life.record.state).removeprefix("STATE_")
+            for life in self.network.shims.present(self.uid(name))
+        )
+
     def oracle(self, *ports: int, apis: tuple[ApiProxy, ...] = ()) -> Oracle:
         """ports: of operators beside the first one, to be looked at as well; apis: the proxies that they use."""
         network = self.network
@@ -150,6 +159,19 @@ def sandbox(name: str, *command: str, namespace: str = "", **spec: Any) -> Objec
     if namespace:
         body["metadata"]["namespace"] = namespace
     return body
+
+
+def running(body: Object) -> bool:
+    """It is, and is wanted to be."""
+    return bool(body) and kstatus(body) == "Current" and condition_of(body, "Running")["status"] == "True"
+
+
+def assigned(body: Object) -> bool:
+    return bool(body) and ASSIGNMENT_ANNOTATION in body["metadata"].get("annotations", {})
+
+
+def gone(body: Object) -> bool:
+    return not body
 
 
 @contextlib.contextmanager

@@ -173,15 +173,19 @@ class Oracle:
     def assert_quiet(self, seconds: float = 2.0, *, within: float = 30.0) -> None:
         """No write to the API and no call to a shim but relists for so long, though every object is looked at."""
         deadline, since, work = time.monotonic() + within, time.monotonic(), self._work()
-        passes = self._count("sandkeeper_queue_passes_total")
+        passes = self.passes()
         while time.monotonic() - since < seconds:
             assert time.monotonic() < deadline, f"still at work: {self._last_work()}"
             time.sleep(0.1)
             if (now := self._work()) != work:
                 since, work = time.monotonic(), now
-                passes = self._count("sandkeeper_queue_passes_total")
+                passes = self.passes()
         if any(self.objects.get(self.namespace, name) for name in self.objects.names(self.namespace)):
-            assert self._count("sandkeeper_queue_passes_total") > passes, "quiet, but nothing was looked at"
+            assert self.passes() > passes, "quiet, but nothing was looked at"
+
+    def passes(self) -> float:
+        """How often the operators have looked at an object."""
+        return self._count("sandkeeper_queue_passes_total")
 
     def _work(self) -> tuple[int, float]:
         writes = len(self._writes())

@@ -32,7 +32,7 @@ _LIVE = (node_pb2.STATE_RUNNING, node_pb2.STATE_PAUSED)
 class Objects:
     """Every version of every Sandbox that the API server has had since `start`, in order. Use as a context.
 
-    It goes on where it was when the API server comes back after a restart.
+    An API server that was started anew may have forgotten the last few: then it goes on from what is there.
     """
 
     def __init__(self, kubeconfig: Path) -> None:
@@ -51,10 +51,7 @@ class Objects:
         self._thread = threading.Thread(target=self._run, name="objects", daemon=True)
 
     def __enter__(self) -> Self:
-        listed = eventually(self._list, timeout=60)
-        for item in listed["items"]:
-            self._note("ADDED", {"kind": "Sandbox", "apiVersion": API_VERSION, **item})
-        self._version = listed["metadata"]["resourceVersion"]
+        eventually(self._list, timeout=60)
         self._thread.start()
         return self
 
@@ -136,20 +133,28 @@ class Objects:
             for line in self._response:
                 event = json.loads(line)
                 if event["type"] == "ERROR":
-                    raise ValueError(f"the watch cannot go on: {event['object'].get('message')}")
+                    self._list()
+                    return
                 self._version = event["object"]["metadata"]["resourceVersion"]
                 if event["type"] != "BOOKMARK":
                     self._note(event["type"], event["object"])
 
-    def _list(self) -> Object | None:
-        """None from an API server that has not read everything yet: it says 429 after a new CRD."""
+    def _list(self) -> bool:
+        """False from an API server that has not read everything yet: it says 429 after a new CRD."""
         try:
             with self._get("") as answer:
                 listed: Object = json.load(answer)
-                return listed
         except urllib.error.HTTPError as error:
             error.close()
-            return None
+            return False
+        self._version = listed["metadata"]["resourceVersion"]
+        there = {item["metadata"]["uid"]: item for item in listed["items"]}
+        for item in there.values():
+            self._note("LISTED", {"kind": "Sandbox", "apiVersion": API_VERSION, **item})
+        with self._news:
+            self._gone |= self._versions.keys() - there.keys()
+            self._news.notify_all()
+        return True
 
     def _get(self, query: str) -> Any:
         return urllib.request.urlopen(self._url + query, timeout=600, context=self._tls)  # noqa: S310 - https
@@ -166,7 +171,9 @@ class Objects:
             if uid not in self._versions:
                 self._versions[uid] = []
                 self._uids[place].append(uid)
-            self._versions[uid].append(body)
+            known = self._versions[uid]
+            if not known or known[-1]["metadata"]["resourceVersion"] != metadata["resourceVersion"]:
+                known.append(body)
             if kind == "DELETED":
                 self._gone.add(uid)
             self._news.notify_all()

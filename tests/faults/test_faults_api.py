@@ -6,10 +6,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from tests.cluster import condition_of, eventually
-from tests.faults.network import Network, Trial, broken_network, sandbox
+from tests.cluster import eventually
+from tests.faults.network import Network, Trial, broken_network, running, sandbox
 from tests.faults.workload import RUNNING, Workload
-from tests.histories import Object, kstatus
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault("F7")]
 THOROUGH = pytest.mark.thorough
@@ -27,10 +26,6 @@ def network() -> Iterator[Network]:
 def trial(network: Network) -> Iterator[Trial]:
     with network.trial() as made:
         yield made
-
-
-def running(body: Object) -> bool:
-    return bool(body) and kstatus(body) == "Current" and condition_of(body, "Running")["status"] == "True"
 
 
 def test_what_changes_while_the_api_server_is_away_is_made_up_for(trial: Trial) -> None:

@@ -7,12 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 from tests.cluster import condition_of, eventually
-from tests.faults.network import Network, Trial, broken_network, sandbox
+from tests.faults.network import Network, Trial, broken_network, running, sandbox
 from tests.faults.oracle import wanted
 from tests.faults.workload import RUNNING, Workload
-from tests.histories import Object, kstatus
-
-from sandkeeper.wire import node_pb2
+from tests.histories import Object
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault("F6")]
 THOROUGH = pytest.mark.thorough
@@ -32,21 +30,9 @@ def trial(network: Network) -> Iterator[Trial]:
         yield made
 
 
-def running(body: Object) -> bool:
-    return bool(body) and kstatus(body) == "Current" and condition_of(body, "Running")["status"] == "True"
-
-
 def unreachable(body: Object) -> bool:
     ready = condition_of(body, "Ready")
     return ready["status"] == "Unknown" and ready["reason"] == "NodeUnreachable"
-
-
-def on_node(trial: Trial, name: str) -> list[str]:
-    """The states of what the nodes have of an object."""
-    return [
-        node_pb2.State.Name(life.record.state).removeprefix("STATE_")
-        for life in trial.network.shims.present(trial.uid(name))
-    ]
 
 
 def test_without_a_fault_all_comes_to_the_end_that_the_other_tests_want(trial: Trial) -> None:
@@ -110,7 +96,7 @@ def test_a_create_whose_reply_is_lost_makes_no_second_sandbox(trial: Trial, then
     line.lose_replies()
     trial.make(sandbox("one", nodeName=NODE))
     trial.until("one", bool)
-    eventually(lambda: on_node(trial, "one") == ["CREATED"], timeout=60)
+    eventually(lambda: trial.states("one") == ["CREATED"], timeout=60)
     getattr(line, then)()
     line.heal()
     trial.until("one", running)
@@ -126,7 +112,7 @@ def test_a_deletion_waits_for_the_node_and_the_name_stays_taken(trial: Trial) ->
     trial.until("one", lambda body: "deletionTimestamp" in body["metadata"] and unreachable(body))
     trial.user.apply(sandbox("one", nodeName=NODE))
     assert len(trial.network.objects.uids(trial.namespace, "one")) == 1
-    assert on_node(trial, "one") == ["RUNNING"]
+    assert trial.states("one") == ["RUNNING"]
     trial.network.heal()
     trial.until("one", lambda body: not body)
     trial.oracle().assert_right({"one": None})
@@ -143,9 +129,9 @@ def test_a_node_that_was_declared_gone_and_comes_back_loses_the_old_instance(tri
         _declare(trial, first, gone=True)
         moved = trial.until("moves", lambda body: body["status"].get("instance") == 2 and running(body))
         assert moved["status"]["nodeName"] != first
-        assert sorted(on_node(trial, "moves")) == ["RUNNING", "RUNNING"]  # as docs/operations.md warns
+        assert trial.states("moves") == ["RUNNING", "RUNNING"]  # as docs/operations.md warns
         trial.network.heal()
-        eventually(lambda: on_node(trial, "moves") == ["RUNNING"], timeout=60)
+        eventually(lambda: trial.states("moves") == ["RUNNING"], timeout=60)
     finally:
         _declare(trial, first, gone=False)
     end = wanted("Running", "True Running", instance=2, on_node="RUNNING")

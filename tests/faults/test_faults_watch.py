@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from tests.cluster import condition_of, eventually
-from tests.faults.network import Network, Trial, broken_network, sandbox
+from tests.cluster import eventually
+from tests.faults.network import Network, Trial, broken_network, running, sandbox
 from tests.faults.oracle import wanted
 from tests.faults.workload import RUNNING, Workload
-from tests.histories import Object, kstatus
+from tests.histories import Object
 
 pytestmark = [pytest.mark.cluster, pytest.mark.fault("F8")]
 THOROUGH = pytest.mark.thorough
@@ -28,10 +28,6 @@ def network() -> Iterator[Network]:
 def trial(network: Network) -> Iterator[Trial]:
     with network.trial() as made:
         yield made
-
-
-def running(body: Object) -> bool:
-    return bool(body) and kstatus(body) == "Current" and condition_of(body, "Running")["status"] == "True"
 
 
 @pytest.mark.parametrize(
