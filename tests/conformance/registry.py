@@ -1,0 +1,64 @@
+"""Which function checks which rule. No pytest here nor in the checks: a command can run them against any server."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from tests.conformance.server import Server
+
+Ability = Literal["failpoints", "leaks", "local", "processes", "registry", "restart", "tcp"]
+"""What a check needs beyond a server that answers:
+
+failpoints  faults on command (implies restart)
+leaks       somebody who finds what a sandbox left on the machine
+local       the server is on this machine: its socket and its kernel can be looked at
+processes   its pids are those of real processes on this machine
+registry    it fetches images from a registry that gets new ones on command
+restart     it can be killed and started again
+tcp         it listens on TCP, and there are certificates to call it with
+"""
+
+CheckFunction = Callable[[Server], Awaitable[None]]
+F = TypeVar("F", bound=CheckFunction)
+
+MODULES = (
+    *("calls", "auth", "fencing", "create", "create_fails", "start", "wait", "status", "stop", "shutdown"),
+    *("restarts", "node", "watch", "streams"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """run: passes, or raises AssertionError, or Inapplicable where the server does not offer what is checked."""
+
+    rules: tuple[str, ...]
+    run: CheckFunction
+    needs: frozenset[Ability]
+
+    @property
+    def name(self) -> str:
+        """`CREATE-2-a_repeated_create_changes_nothing`."""
+        return f"{'/'.join(self.rules)}-{self.run.__name__}"
+
+
+_checks: list[Check] = []
+
+
+def rule(*numbers: str, needs: tuple[Ability, ...] = ()) -> Callable[[F], F]:
+    """Registers a check of the rules with these numbers."""
+
+    def register(run: F) -> F:
+        _checks.append(Check(numbers, run, frozenset(needs)))
+        return run
+
+    return register
+
+
+def checks() -> tuple[Check, ...]:
+    """All of them, in the order of the contract's sections."""
+    for module in MODULES:
+        importlib.import_module(f"tests.conformance.rules_{module}")
+    return tuple(_checks)
