@@ -92,7 +92,10 @@ class ShimSettings(BaseSettings):
         default_factory=lambda: socket.gethostname().lower(), description="Name of this node's SandboxNode."
     )
     state_dir: Path = Field(Path("/var/lib/sandkeeper"), description="Records and sandboxes; must persist.")
-    run_dir: Path = Field(Path("/run/sandkeeper"), description="Sockets; emptied by a reboot.")
+    run_dir: Path = Field(
+        Path("/run/sandkeeper"),
+        description="Sockets, and second copies of exits: best not on the disk of state_dir.",
+    )
     socket: Path | None = Field(None, description="Unix socket (mode 0600); default: shim.sock in run_dir.")
     listen: str = Field("", description="host:port to listen on with mutual TLS; empty: unix socket only.")
     tls_ca: Path | None = Field(None, description="CA of the clients' certificates (PEM).")

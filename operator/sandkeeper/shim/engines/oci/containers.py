@@ -55,14 +55,18 @@ def read_started(folder: AttemptFolder) -> Started | None:
 
 
 def read_image(folder: ContainerFolder) -> Image | None:
-    """What prepare found for a container; None where it has not been prepared."""
+    """What prepare found for a container; None where it has not been prepared, or that is damaged."""
     document = read_json(folder.image)
     if not document:
         return None
-    config: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in document["config"].items()
-    }
-    return Image(document["digest"], Path(document["rootfs"]), ImageConfig(**config))
+    try:
+        config: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in document["config"].items()
+        }
+        return Image(document["digest"], Path(document["rootfs"]), ImageConfig(**config))
+    except (KeyError, TypeError, AttributeError):
+        return None
 
 
 def container_config(config: node_pb2.SandboxConfig, name: str) -> node_pb2.ContainerConfig:
@@ -158,16 +162,12 @@ class Containers:
         recorded = self.process(folder)
         if recorded is not None:
             if recorded.alive():
+                self._threads.submit(lambda: self._cgroups.adopt(recorded.pid))
                 return recorded.pid
             raise EngineError("StartError", "the sandbox process has ended")
         if not folder.prepared.exists():
             raise EngineError("StartError", "the sandbox is not prepared", retryable=True)
-        starting = folder.path / "starting"
-        if starting.exists():
-            # A shim was killed between starting and recording: its process cannot be in use.
-            for lost in pause.find(self._options.root_dir, sandbox_id):
-                lost.send(signal.SIGKILL)
-        starting.touch()
+        folder.starting.touch()
         ref = self._threads.apart(
             lambda: pause.start(
                 shutil.which(self._options.catatonit, path=tools.ENVIRONMENT["PATH"])
@@ -183,11 +183,18 @@ class Containers:
         return ref.pid
 
     def process(self, folder: SandboxFolder) -> ProcessRef | None:
-        """The sandbox process as recorded; None where none was started."""
+        """The sandbox process as recorded; None where none was started. One whose record is damaged is found by
+        its environment."""
         document = read_json(folder.process)
-        if document is None:
-            return None
-        return ProcessRef.from_json(document) or ProcessRef(0, 0, "")
+        recorded = ProcessRef.from_json(document)
+        if recorded is not None or not folder.starting.exists():
+            return recorded
+        found = next(iter(pause.find(self._options.root_dir, folder.sandbox_id)), None)
+        if found is not None:
+            with contextlib.suppress(OSError):
+                write_json(folder.process, found.to_json())
+            return found
+        return None if document is None else ProcessRef(0, 0, "")
 
     # -- containers
 
@@ -277,6 +284,13 @@ class Containers:
         )
         return started
 
+    def started(self, sandbox_id: str, name: str, attempt: int) -> Started | None:
+        """An attempt of which it is known that it was started, found again where the note of it is damaged."""
+        sandbox = self.folder(sandbox_id)
+        runtime = str((read_json(sandbox.prepared) or {}).get("runtime") or "")
+        folder = sandbox.container(name).attempt(attempt)
+        return self._half_made(sandbox, folder, runtime) if runtime else read_started(folder)
+
     def _half_made(self, sandbox: SandboxFolder, folder: AttemptFolder, runtime: str) -> Started | None:
         """What a killed shim left of an attempt: adopted where its process was started, else cleared away."""
         started = read_started(folder)
@@ -354,15 +368,13 @@ class Containers:
 
     def _end_process(self, folder: SandboxFolder) -> None:
         recorded = self.process(folder)
-        found = [recorded] if recorded is not None and recorded.pid else []
-        if recorded is None and (folder.path / "starting").exists():
-            found = pause.find(self._options.root_dir, folder.sandbox_id)
-        for ref in found:
-            if ref.alive():
-                note_kill(folder, signal.SIGKILL)
-            if ref.send(signal.SIGKILL) and not ref.join(5.0):
-                raise EngineError("RemoveFailed", f"process {ref.pid} does not end", retryable=True)
-            reap(ref.pid)
+        if recorded is None or not recorded.pid:
+            return
+        if recorded.alive():
+            note_kill(folder, signal.SIGKILL)
+        if recorded.send(signal.SIGKILL) and not recorded.join(5.0):
+            raise EngineError("RemoveFailed", f"process {recorded.pid} does not end", retryable=True)
+        reap(recorded.pid)
 
     def list(self) -> frozenset[str]:
         """Sandboxes of which anything is left. What has another name (`lost+found`) is not ours."""

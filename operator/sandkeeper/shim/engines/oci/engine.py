@@ -11,6 +11,7 @@ import signal
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from sandkeeper.shim.engines.base import (
@@ -218,6 +219,10 @@ class OCIEngine(Engine):
         folder = self._attempt(sandbox_id, container, attempt)
         started = containers.read_started(folder)
         if started is None:
+            started = await self._locked(
+                sandbox_id, lambda: self._containers.started(sandbox_id, container, attempt)
+            )
+        if started is None:
             ended = exits.read(folder, self._cgroups)
             if ended is None:
                 raise EngineError("NotStarted", f"container {container!r} was not started")
@@ -266,6 +271,9 @@ class OCIEngine(Engine):
             if process is not None and process.alive():
                 containers.note_kill(folder, signal)
                 process.send(signal)
+            if signal == SIGKILL:
+                # It ends the sandbox. What is in pid namespaces of its own does not end with it by itself.
+                await self._locked(sandbox_id, lambda: self._cgroups.kill(sandbox_id))
             return
         started = containers.read_started(self._attempt(sandbox_id, container, attempt))
         if started is not None:

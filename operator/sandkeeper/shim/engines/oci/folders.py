@@ -123,6 +123,11 @@ class SandboxFolder:
         return self.path / "process.json"
 
     @property
+    def starting(self) -> Path:
+        """There from just before the sandbox process is started."""
+        return self.path / "starting"
+
+    @property
     def exit(self) -> Path:
         return self.path / "exit.json"
 

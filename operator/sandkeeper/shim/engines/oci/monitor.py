@@ -116,7 +116,7 @@ def read_pid(path: Path) -> int:
     """The pid in a file; 0 where there is none."""
     try:
         return int(path.read_text())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, IsADirectoryError, ValueError):
         return 0
 
 

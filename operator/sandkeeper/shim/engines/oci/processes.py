@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import select
+import shutil
 import signal
 import time
 from dataclasses import asdict, dataclass
@@ -127,20 +128,23 @@ def reap(pid: int) -> int | None:
 
 
 def read_json(path: Path) -> Any:
-    """The document in a file; None where there is none, {} where it cannot be read (a torn write)."""
+    """The object in a file; None where there is none, {} where it cannot be read or is something else."""
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except (ValueError, IsADirectoryError):
+    except (ValueError, IsADirectoryError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a document whole or not at all, as a crash of this process sees it."""
+    """Writes an object whole or not at all, as a crash of this process sees it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
         temporary.write_bytes(json.dumps(value).encode())
+        if path.is_dir():
+            shutil.rmtree(path)  # none of ours
         temporary.rename(path)
     except OSError:
         temporary.unlink(missing_ok=True)
