@@ -18,13 +18,17 @@ from tests.faults.loops import LoopThread, Port
 
 
 class TcpProxy:
-    """Before 127.0.0.1:`upstream`. Every method returns when it has taken effect; use as a context."""
+    """Before 127.0.0.1:`upstream`. Every method returns when it has taken effect; use as a context.
+
+    accepted: how many connections it has taken so far.
+    """
 
     def __init__(self, upstream: int) -> None:
         self._upstream = upstream
         self._port = Port()
         self._loop = LoopThread("tcpproxy")
         self._server: asyncio.Server | None = None
+        self.accepted = 0
         self._open: set[asyncio.StreamWriter] = set()
         self._serving: set[asyncio.Task[None]] = set()
         self._up, self._down = self._loop.call(_gates())
@@ -76,6 +80,7 @@ class TcpProxy:
                 writer.transport.abort()
 
     def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
         task = asyncio.create_task(self._serve(reader, writer))
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
