@@ -41,6 +41,7 @@ async def an_older_instance_is_refused_after_shutdown(server: Server) -> None:
 
 @rule("FENCE-2", needs=("restart",))
 async def an_older_instance_is_refused_after_a_restart(server: Server) -> None:
+    """For 24 hours: the clock is the unit tests' to turn."""
     gone = await _instance(server, fresh_owner(), 2).create()
     await gone.shutdown()
     kept = await _instance(server, fresh_owner(), 2).create()

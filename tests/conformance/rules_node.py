@@ -6,7 +6,7 @@ import platform
 from pathlib import Path
 
 import grpc
-from tests.conformance.box import FOREVER, Box, box_in, state_name, states
+from tests.conformance.box import CREATED, EXITED, FAILED, FOREVER, PREPARING, Box, box_in, state_name, states
 from tests.conformance.registry import rule
 from tests.conformance.server import PATIENCE, Server, about, code_of, drained, fails
 
@@ -27,6 +27,15 @@ async def metrics_are_a_usage(server: Server) -> None:
     assert usage.pids > 0
     assert usage.memory_bytes > 0
     assert usage.sampled_at.ToNanoseconds() > 0
+
+
+@rule("METRICS-2")
+async def what_does_not_run_has_no_metrics(server: Server) -> None:
+    for state in (PREPARING, CREATED, EXITED, FAILED):
+        if state in await states(server):
+            with about(state_name(state)):
+                box = await box_in(server, state)
+                await fails(box.call("Metrics"), grpc.StatusCode.FAILED_PRECONDITION)
 
 
 @rule("PLATFORM-1")

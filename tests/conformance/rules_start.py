@@ -5,7 +5,18 @@ from __future__ import annotations
 import asyncio
 
 import grpc
-from tests.conformance.box import EXITED, FAILED, FOREVER, RUNNING, Box, absent_box, container, failing_box
+from tests.conformance.box import (
+    EXITED,
+    FAILED,
+    FOREVER,
+    PAUSED,
+    RUNNING,
+    Box,
+    absent_box,
+    box_in,
+    container,
+    failing_box,
+)
 from tests.conformance.registry import rule
 from tests.conformance.server import Server, alive, fails, until
 
@@ -43,6 +54,14 @@ async def a_repeated_start_starts_nothing(server: Server) -> None:
     pid = await box.run()
     before = await box.record()
     assert await box.start() == pid
+    assert await box.record() == before
+
+
+@rule("START-2")
+async def a_start_resumes_nothing(server: Server) -> None:
+    box = await box_in(server, PAUSED)
+    before = await box.record()
+    assert await box.start() == before.pid
     assert await box.record() == before
 
 
