@@ -16,6 +16,7 @@ from typing import Any, Literal, Self, TypeVar
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError, Message
 
 from sandkeeper.wire import controller_pb2, controller_pb2_grpc, node_pb2, node_pb2_grpc
 from sandkeeper.wire.errors import Internal, ShimError, Unavailable, from_rpc_error
@@ -81,6 +82,14 @@ def _now(coroutine: Coroutine[Any, Any, T]) -> T:
         return value
     coroutine.close()
     raise RuntimeError("the coroutine would wait")
+
+
+def _unpacked(packed: any_pb2.Any, message: Message) -> bool:
+    """Whether it is such a message, whole."""
+    try:
+        return bool(packed.Unpack(message))
+    except DecodeError:
+        return False
 
 
 class ShimClient:
@@ -170,7 +179,7 @@ class ShimClient:
         """Status, as the shim's whole record. Unimplemented where the server is no Sandkeeper shim."""
         response = await self.status_response(owner, timeout=timeout)
         record = node_pb2.SandboxRecord()
-        if not response.extra.Is(record.DESCRIPTOR) or not response.extra.Unpack(record):
+        if not _unpacked(response.extra, record):
             raise Internal("Status came without a sandkeeper.shim.v1.SandboxRecord in `extra`")
         return record
 
@@ -195,7 +204,7 @@ class ShimClient:
             lambda: self._controller.Metrics(request, timeout=timeout, metadata=self._with(owner))
         )
         usage = node_pb2.Usage()
-        if not response.metrics.data.Unpack(usage):
+        if not _unpacked(response.metrics.data, usage):
             raise Internal("Metrics came without a sandkeeper.shim.v1.Usage in `data`")
         return usage
 

@@ -169,6 +169,19 @@ async def test_another_servers_status_is_read_as_containerd_has_it(
         await client.metrics(OWNER)
 
 
+async def test_what_does_not_parse_is_an_error_of_the_shims(shim: FakeShim, client: ShimClient) -> None:
+    broken = packed(RECORD)
+    broken.value = b"\xff\xff\xff"
+    shim.answers("Status", controller_pb2.ControllerStatusResponse(sandbox_id=ID, extra=broken))
+    with pytest.raises(errors.Internal, match="SandboxRecord"):
+        await client.status(OWNER)
+    broken = packed(node_pb2.Usage())
+    broken.value = b"\xff\xff\xff"
+    shim.answers("Metrics", controller_pb2.ControllerMetricsResponse(metrics=types_pb2.Metric(data=broken)))
+    with pytest.raises(errors.Internal, match="Usage"):
+        await client.metrics(OWNER)
+
+
 async def test_pause_resume(shim: FakeShim, client: ShimClient) -> None:
     await client.pause(OWNER)
     await client.resume(OWNER)
