@@ -554,7 +554,7 @@ class SandboxRecord(_message.Message):
     state: Global___State.ValueType
     pid: _builtins.int
     reason: _builtins.str
-    """Why it is PREPARING or FAILED: PullingImage, ErrImagePull, ImageNeverPulled, InvalidConfig, ..."""
+    """Why it is PREPARING or FAILED: PullingImage, ErrImagePull, ErrImageNeverPull, InvalidConfig, ..."""
     message: _builtins.str
     @_builtins.property
     def owner(self) -> Global___Owner: ...

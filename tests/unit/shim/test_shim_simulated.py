@@ -266,7 +266,7 @@ async def test_an_image_is_never_pulled_if_so_asked(make: Make) -> None:
     engine = await make()
     asked = config()
     asked.containers[0].image_pull_policy = node_pb2.IMAGE_PULL_POLICY_NEVER
-    with pytest.raises(EngineError, match="ImageNeverPulled"):
+    with pytest.raises(EngineError, match="ErrImageNeverPull"):
         await engine.prepare(ID, asked, silent)
     await engine.prepare(ID, config(), silent)
     assert await engine.prepare("other-1", asked, silent)

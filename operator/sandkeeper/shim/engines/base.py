@@ -135,7 +135,7 @@ class Engine(abc.ABC):
     ) -> Mapping[str, str]:
         """Fetches images and makes everything that needs no process: root file systems, bundles,
         volumes, cgroups. Starts nothing. Returns container name -> image digest (`sha256:...`).
-        Raises EngineError (`ErrImagePull` retryable, `ImageNeverPulled`, `InvalidImageName`,
+        Raises EngineError (`ErrImagePull` retryable, `ErrImageNeverPull`, `InvalidImageName`,
         `InvalidConfig`, ...)."""
 
     @abc.abstractmethod

@@ -111,7 +111,7 @@ class SimulatedEngine(Engine):
         if image in self._images:
             return
         if container.image_pull_policy == node_pb2.IMAGE_PULL_POLICY_NEVER:
-            raise EngineError("ImageNeverPulled", f"image {image!r} is not on the node and is never pulled")
+            raise EngineError("ErrImageNeverPull", f"image {image!r} is not on the node and is never pulled")
         progress(container.name, "PullingImage", f"pulling {image}")
         await asyncio.sleep(self._settings.image_seconds)
         if "missing" in image:
