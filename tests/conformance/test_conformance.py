@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from tests.cluster import eventually
@@ -26,31 +28,30 @@ def _marks(engine: str) -> list[pytest.MarkDecorator]:
 
 
 @pytest.fixture(scope="module")
-def nodes(request: pytest.FixtureRequest) -> Iterator[Shims]:
-    with shims(request.param) as made:
-        yield made
+def nodes() -> Iterator[Callable[[str], Shims]]:
+    """The shims of an engine; no parameter, for pytest would group by check and start them anew for each."""
+    with contextlib.ExitStack() as closing:
+        yield functools.cache(lambda engine: closing.enter_context(shims(engine)))
 
 
 @pytest.mark.parametrize(
-    ("nodes", "check"),
+    ("engine", "check"),
     [
         pytest.param(engine, check, id=f"{engine}-{check.name}", marks=_marks(engine))
         for engine, abilities in ENGINES.items()
         for check in CHECKS
         if check.needs <= abilities
     ],
-    indirect=["nodes"],
-    scope="module",
 )
-async def test_the_rule_is_kept(nodes: Shims, check: Check) -> None:
-    server = await nodes.server(own=bool(check.needs & OF_ITS_OWN))
-    async with server:
+async def test_the_rule_is_kept(nodes: Callable[[str], Shims], engine: str, check: Check) -> None:
+    made = nodes(engine)
+    async with await made.server(own=bool(check.needs & OF_ITS_OWN)) as server:
         try:
             async with asyncio.timeout(CHECK_SECONDS):
                 await check.run(server)
         except Inapplicable as reason:
             pytest.skip(str(reason))
-    eventually(lambda: not nodes.files(), seen=nodes.files)
+    eventually(lambda: not made.files(), seen=made.files)
 
 
 def test_every_rule_has_a_check() -> None:
