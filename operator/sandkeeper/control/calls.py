@@ -27,7 +27,7 @@ class _Call(Generic[T]):
 class Calls(Generic[T]):
     """`wake(key)` is called when a call that its pass did not wait for has ended."""
 
-    def __init__(self, wake: Callable[[Key], None], patience: float = 1.0) -> None:
+    def __init__(self, wake: Callable[[Key], None], patience: float = 3.0) -> None:
         self._wake = wake
         self._patience = patience
         self._calls: dict[Key, _Call[T]] = {}

@@ -83,7 +83,7 @@ class Reconciler:
         aside: Callable[[Key], None] = lambda key: None,
         retention_seconds: float = 0.0,
         usage_interval: float = 0.0,
-        patience: float = 1.0,
+        patience: float = 3.0,
     ) -> None:
         self._store, self._kube, self._nodes, self._recorder = store, kube, nodes, recorder
         self._metrics = metrics or NoMetrics()
