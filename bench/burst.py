@@ -6,7 +6,7 @@ import asyncio
 import statistics
 import time
 
-from bench.costs import cpu
+from bench.costs import Writes, cpu, of_sandboxes
 from bench.result import Result, milliseconds
 from sandkeeper.localcluster.cluster import LocalCluster
 from sandkeeper.localcluster.watching import Marks, Watcher, manifest, watching
@@ -35,9 +35,11 @@ async def run(cluster: LocalCluster, at_once: int, through: int) -> Result:
                 return await watcher.create_until_ready(manifest(name))
 
         names = [f"through-{number}" for number in range(through)]
+        writes = Writes(cluster)
         before, began = cpu(cluster), time.perf_counter()
         ways = await asyncio.gather(*(one(name) for name in names))
         took, spent = time.perf_counter() - began, cpu(cluster) - before
+        to_ready = of_sandboxes(writes.since()) / through
         began = time.perf_counter()
         went_each = await asyncio.gather(*(watcher.delete_until_gone(name) for name in names))
         went = time.perf_counter() - began
@@ -48,6 +50,7 @@ async def run(cluster: LocalCluster, at_once: int, through: int) -> Result:
             f"burst{at_once}_gone_s": statistics.median(gone),
             f"through{through}_per_s": through / took,
             **{f"through{through}_{name}": value for name, value in spent.each(through).items()},
+            f"through{through}_writes_to_ready": to_ready,
             **milliseconds(f"through{through}", [way.ready for way in ways], 0.5, 0.99),
             f"through{through}_gone_s": went,
             **milliseconds(f"through{through}_gone", went_each, 0.5, 0.99),

@@ -27,7 +27,7 @@ def draw(curve: list[dict[str, Any]], path: Path) -> None:
             marker="o",
             markersize=3,
         )
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.2 * max(point[name] for point in curve))
         axes.set_xlim(left=0)
         axes.set_title(title, fontsize=9, color=INK, loc="left")
         axes.tick_params(labelsize=7, colors=INK)
