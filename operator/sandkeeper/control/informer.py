@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Protocol
 
+from sandkeeper.api import READY
 from sandkeeper.control.observation import Key
 from sandkeeper.control.ports import KubeError, Raw
 from sandkeeper.control.queue import Queue
@@ -135,10 +136,18 @@ class Informer:
         """Read everything before the first pass, so that no pass takes half a picture for the whole."""
         for body in await self._kube.nodes():
             self._nodes.put(body)
+        settled: list[Key] = []
         for namespace in self._namespaces or (None,):
             async for body in self._kube.sandboxes(namespace):
-                if self._store.put(body) is not None:
-                    self._queue.add(key_of(body))
+                if (key := self._store.put(body)) is None:
+                    continue
+                # What came or changed while no operator was there must not wait for a look at all the others.
+                if _ready(body):
+                    settled.append(key)
+                else:
+                    self._queue.add(key)
+        for key in settled:
+            self._queue.add(key)
         self.compared_at = time.monotonic()
 
     async def resync(self, interval: float) -> None:
@@ -208,3 +217,11 @@ class Informer:
         self._echoes = OrderedDict((key, echo) for key, echo in self._echoes.items() if echo[1] > began)
         self.compared_at = time.monotonic()
         return missed
+
+
+def _ready(body: Raw) -> bool:
+    """It is said to be as it should: most likely nothing is to be done."""
+    metadata, status = body["metadata"], body.get("status") or {}
+    if metadata.get("deletionTimestamp") or status.get("observedGeneration") != metadata.get("generation"):
+        return False
+    return any(each["type"] == READY and each["status"] == "True" for each in status.get("conditions") or ())

@@ -267,6 +267,28 @@ async def test_fill_takes_everything_in_before_the_first_pass() -> None:
     assert list(desk.nodes.bodies) == ["n1"]
 
 
+async def test_the_first_passes_are_over_what_is_not_as_it_should_be() -> None:
+    desk = Desk()
+    ready = {"observedGeneration": 1, "conditions": [{"type": "Ready", "status": "True"}]}
+    failed = {"observedGeneration": 1, "conditions": [{"type": "Ready", "status": "False"}]}
+    for name, metadata, status in [
+        ("a-ready", {}, ready),
+        ("b-new", {}, {}),
+        ("c-changed", {"generation": 2}, ready),
+        ("d-deleted", {"deletionTimestamp": "2026-01-01T00:00:00Z"}, ready),
+        ("e-failed", {}, failed),
+        ("f-ready", {}, ready),
+    ]:
+        body = sandbox(name)
+        body["metadata"] |= {"generation": 1, **metadata}
+        desk.kube.objects[name] = {**body, "status": status}
+    await desk.informer.fill()
+    assert [key.name for key in desk.queue._ready] == [
+        *("b-new", "c-changed", "d-deleted", "e-failed"),
+        *("a-ready", "f-ready"),
+    ]
+
+
 async def test_the_comparison_mends_what_the_watch_missed() -> None:
     desk = Desk()
     for name in ["same", "changed", "deleted"]:
