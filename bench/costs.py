@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 from collections import Counter
@@ -100,6 +101,16 @@ class Writes:
 
     def _read(self) -> Counter[str]:
         return parse_writes(self._cluster.kubectl("get", "--raw", "/metrics"))
+
+
+async def settled(writes: Writes) -> None:
+    """Returns when nothing has been written of Sandboxes for a second; at most half a minute later."""
+    counts = [of_sandboxes(writes.since())]
+    for _ in range(30):
+        await asyncio.sleep(1)
+        counts.append(of_sandboxes(writes.since()))
+        if counts[-1] == counts[-2]:
+            return
 
 
 def parse_writes(exposition: str) -> Counter[str]:

@@ -17,6 +17,7 @@ from sandkeeper.api import API_VERSION, SANDBOXES
 from sandkeeper.localcluster.watching import WatchError, connection, manifest, ready
 
 CONNECTIONS = 32
+SLOWEST = 20.0  # per second: what is not Ready by then is lost
 _PATH = f"/apis/{API_VERSION}/namespaces/default/{SANDBOXES}"
 _ENDLESS = aiohttp.ClientTimeout(total=None)
 
@@ -42,15 +43,21 @@ class Crowd:
     def __init__(self, session: aiohttp.ClientSession, server: str) -> None:
         self._session, self._url = session, server + _PATH
         self._names: set[str] = set()
+        self._seen: set[str] = set()
         self._ready: dict[str, float] = {}
         self._gone: dict[str, float] = {}
         self._news = asyncio.Event()
         self.watches = 0
 
-    @property
-    def size(self) -> int:
-        """How many there are."""
-        return len(self._names)
+    async def created(self, name: str) -> None:
+        """Returns when the watch has shown it."""
+        async with asyncio.timeout(60):
+            while name not in self._seen:
+                self._news.clear()
+                await self._news.wait()
+
+    def ready_at(self, name: str) -> float:
+        return self._ready[name]
 
     async def make(self, names: Iterable[str], *, timeout: float) -> Made:
         """Creates them as quickly as the API server takes them; returns when all are Ready, or at the timeout."""
@@ -87,6 +94,7 @@ class Crowd:
         ended = max((self._gone[name] for name in names if name in self._gone), default=began)
         for name in names:
             self._names.discard(name)
+            self._seen.discard(name)
             self._ready.pop(name, None)
             self._gone.pop(name, None)
         return Made(len(names), max(ended - began, 1e-9), each, lost=len(names) - len(each))
@@ -131,6 +139,7 @@ class Crowd:
         return version
 
     def _note(self, name: str, body: dict[str, Any], now: float) -> None:
+        self._seen.add(name)
         if not body:
             self._gone[name] = now
         elif name not in self._ready and ready(body):

@@ -5,29 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 
+from bench import operators
 from bench.clusters import say
-from bench.costs import Cpu, Memory, Writes, cpu, of_sandboxes
-from bench.crowd import Crowd, Made, crowd
+from bench.costs import Cpu, Memory, Writes, cpu, of_sandboxes, settled
+from bench.crowd import SLOWEST, Crowd, Made, crowd
 from bench.result import Result, milliseconds
-from sandkeeper.localcluster.cluster import OPERATOR, LocalCluster
+from sandkeeper.localcluster.cluster import LocalCluster
 
 REST = 60.0
-SLOWEST = 20.0  # per second: what is not Ready by then is lost
-
-
-def fresh_operator(cluster: LocalCluster, **settings: str) -> float:
-    """A new process, so that a part does not see the memory of the one before. Seconds until it says it is ready."""
-    cluster.processes.stop(OPERATOR)
-    began = time.perf_counter()
-    cluster.start_operator(env=settings)
-    return time.perf_counter() - began
 
 
 async def at_once(cluster: LocalCluster, sizes: list[int]) -> Result:
     """So many created at once, and deleted again."""
     result = Result()
     for size in sizes:
-        fresh_operator(cluster)
+        operators.fresh(cluster)
         async with crowd(cluster.kubeconfig) as sandboxes:
             names = [f"s{size}-{number}" for number in range(size)]
             made, spent, writes, memory = await make(cluster, sandboxes, names)
@@ -56,7 +48,7 @@ async def at_once(cluster: LocalCluster, sizes: list[int]) -> Result:
 async def growth(cluster: LocalCluster, step: int, most: int) -> Result:
     """More and more, `step` at a time: what each costs when so many are there already. Then a minute at rest."""
     result = Result()
-    fresh_operator(cluster)
+    operators.fresh(cluster)
     async with crowd(cluster.kubeconfig) as sandboxes:
         for first in range(0, most, step):
             names = [f"g-{number}" for number in range(first, first + step)]
@@ -74,14 +66,14 @@ async def growth(cluster: LocalCluster, step: int, most: int) -> Result:
             say(f"{first + step} Sandboxes: {made.per_s:.0f}/s, {memory.now():.0f} MiB")
         at_rest, resident = await rest(cluster), Memory(cluster).now()
         # By default every Sandbox is looked at once in five minutes; here in this one.
-        serving = await asyncio.to_thread(fresh_operator, cluster, RESYNC_INTERVAL=f"{REST:g}")
+        says, ready = await operators.serving(cluster, sandboxes, "late", RESYNC_INTERVAL=f"{REST:g}")
         looked_at = await rest(cluster)
         result.figure(
             **{f"sim_{most}_lost": sum(point["lost"] for point in result.curve)},
             **{f"rss_mib_at_{most}": resident},
             **{f"rest_{most}_{name}": value for name, value in at_rest.items()},
             **{f"rest_{most}_resync_{name}": value for name, value in looked_at.items()},
-            **{f"restart_{most}_serving_s": serving},
+            **{f"restart_{most}_serving_s": max(says, ready)},
             writes_at_rest_60s=max(at_rest["writes_60s"], looked_at["writes_60s"]),
         )
     return result
@@ -90,7 +82,7 @@ async def growth(cluster: LocalCluster, step: int, most: int) -> Result:
 async def rounds(cluster: LocalCluster, size: int, count: int) -> Result:
     """Created and deleted, again and again: the operator must not grow."""
     result, resident = Result(), []
-    fresh_operator(cluster)
+    operators.fresh(cluster)
     async with crowd(cluster.kubeconfig) as sandboxes:
         for number in range(count):
             names = [f"r{number}-{each}" for each in range(size)]
@@ -121,16 +113,6 @@ async def make(cluster: LocalCluster, sandboxes: Crowd, names: list[str]) -> tup
     spent = cpu(cluster) - before
     await settled(writes)
     return made, spent, writes, memory
-
-
-async def settled(writes: Writes) -> None:
-    """Returns when nothing has been written of Sandboxes for a second; at most half a minute later."""
-    counts = [of_sandboxes(writes.since())]
-    for _ in range(30):
-        await asyncio.sleep(1)
-        counts.append(of_sandboxes(writes.since()))
-        if counts[-1] == counts[-2]:
-            return
 
 
 async def rest(cluster: LocalCluster) -> dict[str, float]:
