@@ -45,6 +45,7 @@ class OCISettings(BaseModel):
     default_cpu_millis: int = Field(1000, ge=0, description="CPU limit in thousandths of a core; 0: none.")
     default_memory_bytes: int = Field(512 * MIB, ge=4 * MIB, description="Memory limit in bytes.")
     default_pids: int = Field(1024, ge=1, description="Limit of processes and threads.")
+    runtime_timeout: float = Field(60.0, gt=0, description="Longest that one call of a runtime may take.")
     cgroup_parent: str = Field(
         "sandkeeper",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",

@@ -133,6 +133,49 @@ def test_a_torn_document_is_empty(tmp_path: Path, content: bytes) -> None:
     assert read_json(tmp_path / "x.json") == {}
 
 
+# Programs
+
+
+def script(folder: Path, text: str) -> str:
+    path = folder / "program"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_both_streams_and_the_status_come_back(tmp_path: Path) -> None:
+    assert tools.run([script(tmp_path, "echo out; echo err >&2; exit 3")], 20) == tools.Result(
+        3, "out\nerr\n"
+    )
+    assert tools.run([script(tmp_path, "echo out; kill -9 $$")], 20) == tools.Result(-9, "out\n")
+    assert tools.run([script(tmp_path, "echo out; exit 3")], 20, quiet=True) == tools.Result(3, "")
+    with pytest.raises(FileNotFoundError):
+        tools.run([str(tmp_path / "none")], 20)
+
+
+def test_of_endless_output_the_last_is_kept(tmp_path: Path) -> None:
+    result = tools.run([script(tmp_path, "head -c 5000000 /dev/zero; echo end; exit 1")], 20)
+    assert (result.status, len(result.output)) == (1, tools.MAX_OUTPUT)
+    assert result.output.endswith("end\n")
+
+
+@pytest.mark.parametrize(
+    "text", ["exec sleep 60", "exec yes", "exec sleep 60 >/dev/null 2>&1", "sleep 2 & wait"]
+)
+def test_a_program_that_does_not_end_is_ended(tmp_path: Path, text: str) -> None:
+    program = script(tmp_path, f"echo $$ >{tmp_path}/pid; {text}")
+    result = tools.run([program], 0.5)
+    assert (result.status, result.words) == (124, "program did not end within 0.5 s")
+    assert ProcessRef.of(int((tmp_path / "pid").read_text())) is None
+
+
+def test_a_conmon_that_hangs_is_ended(tmp_path: Path, attempt: AttemptFolder, cgroups: Cgroups) -> None:
+    conmon = script(tmp_path, f"echo $$ >{tmp_path}/pid; exec sleep 60")
+    with pytest.raises(EngineError, match="StartError"):
+        monitor.create(conmon, "crun", tmp_path, attempt, 4096, cgroups, 0.5)
+    assert ProcessRef.of(int((tmp_path / "pid").read_text())) is None
+
+
 # conmon's words
 
 

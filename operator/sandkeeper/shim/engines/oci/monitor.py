@@ -69,17 +69,32 @@ def create(
             os.close(sync_write)
             os.close(start_read)
         if cgroups.v2:
-            child.wait()
+            _end_child(child, deadline)
             if pid := read_pid(folder.monitor_pid_file):
                 cgroups.adopt(pid)
             with contextlib.suppress(BrokenPipeError):
                 os.write(start_write, b"\0")
         answer = _read_line(sync_read, deadline)
-        child.wait()
+        _end_child(child, deadline)
     finally:
         os.close(sync_read)
         os.close(start_write)
     return _pid_of(answer, seconds)
+
+
+def _end_child(child: subprocess.Popen[bytes], deadline: float) -> None:
+    """Waits for what we started of conmon, which ends when its monitor has been forked; not past the deadline."""
+    if child.returncode is not None:
+        return
+    fd = os.pidfd_open(child.pid)
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            child.kill()
+    finally:
+        os.close(fd)
+    child.wait()
 
 
 def _read_line(fd: int, deadline: float) -> bytes | None:
