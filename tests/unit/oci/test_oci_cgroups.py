@@ -319,3 +319,17 @@ def test_the_shared_cgroups_go_with_the_last_sandbox(make: Make, mountinfo: str)
     found.remove(ID)
     found.close()
     assert not any((each.point / "sandkeeper").exists() for each in found.hierarchies)
+
+
+def test_only_what_is_in_the_monitors_cgroup_as_a_whole_is_found_there(make: Make) -> None:
+    """A shim has threads in it (7, of process 5): it is not in it. 8 is in one hierarchy alone."""
+    found = make(V1)
+    assert found.in_monitors() == frozenset()
+    for index, each in enumerate(found.hierarchies):
+        more = "8\n" if index == 0 else ""
+        folder = each.point / "sandkeeper" / MONITORS
+        write(folder, cgroup__procs=f"0\n2\n3\n5\n{more}", tasks=f"0\n2\n3\n4\n7\n{more}")
+    assert found.in_monitors() == frozenset({2, 3})
+    on_v2 = make(V2)
+    write(on_v2.hierarchies[0].point / "sandkeeper" / MONITORS, cgroup__procs="2\n")
+    assert on_v2.in_monitors() == frozenset()

@@ -139,6 +139,18 @@ class Cgroups:
             with contextlib.suppress(OSError):
                 (folder / "cgroup.procs").write_text(str(pid))
 
+    def in_monitors(self) -> frozenset[int]:
+        """Every process that is in the monitors' cgroup as a whole: a runtime that is under way among them, a shim
+        with its threads there not. None on v2."""
+        found: list[set[int]] = []
+        for folder in self._each(f"/{self.parent}/{MONITORS}"):
+            for name in ("cgroup.procs", "tasks"):
+                try:
+                    found.append({int(line) for line in (folder / name).read_text().split()})
+                except OSError:
+                    return frozenset()
+        return frozenset(set.intersection(*found) - {0})
+
     def pids(self, sandbox_id: str) -> frozenset[int]:
         """Every process in a sandbox's containers."""
         found: set[int] = set()

@@ -25,7 +25,17 @@ from sandkeeper.shim.engines.base import (
     RuntimeInfo,
     UsageSample,
 )
-from sandkeeper.shim.engines.oci import containers, exits, logs, monitor, runtimes, seccomp, sessions, spec
+from sandkeeper.shim.engines.oci import (
+    containers,
+    exits,
+    logs,
+    monitor,
+    pause,
+    runtimes,
+    seccomp,
+    sessions,
+    spec,
+)
 from sandkeeper.shim.engines.oci.cgroups import Cgroups
 from sandkeeper.shim.engines.oci.folders import AttemptFolder, SandboxFolder
 from sandkeeper.shim.engines.oci.images import Image, ImageStore
@@ -77,6 +87,7 @@ class OCIEngine(Engine):
         await self._images.open()
         self._cgroups = Cgroups(self._options.cgroup_parent)
         self._cgroups.make_parent()
+        await asyncio.to_thread(self._end_left_calls)
         profile = seccomp.Seccomp(seccomp.load(self._options.seccomp_profile))
         try:
             self._threads = Threads(
@@ -95,6 +106,22 @@ class OCIEngine(Engine):
             reasons = "; ".join(f"{info.name}: {info.message}" for info in self._order)
             raise EngineError("NodeUnsupported", f"no runtime works: {reasons}")
         self._containers = containers.Containers(self._options, self._cgroups, profile, self._threads)
+
+    def _end_left_calls(self) -> None:
+        """Ends what an earlier shim was calling when it was killed, such as a runtime that hangs: its answer would
+        reach nobody. On v2 it is in that shim's own cgroup, and not ours to find."""
+        for pid in self._cgroups.in_monitors():
+            with contextlib.suppress(OSError):
+                ref, process = ProcessRef.of(pid), Path(f"/proc/{pid}")
+                words, environment = (
+                    (process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ")
+                )
+                if ref is not None and not monitor.is_any(words) and not pause.is_any(environment):
+                    log.warning(
+                        "left-over process ended",
+                        extra={"pid": pid, "program": words[0].decode(errors="replace")},
+                    )
+                    ref.send(SIGKILL)
 
     def _survivor(self) -> int:
         """A process that lives in an earlier shim's mount namespace; 0 where there is none."""

@@ -147,6 +147,11 @@ def find(folder: AttemptFolder) -> ProcessRef | None:
     return ProcessRef.of(pid) if folder.runtime_id.encode() in words else None
 
 
+def is_any(words: list[bytes]) -> bool:
+    """Whether a command line is a monitor's."""
+    return b"--conmon-pidfile" in words
+
+
 def end(monitor: ProcessRef, seconds: float) -> None:
     """Lets a monitor end by itself, as it does after its container; then by force."""
     if not monitor.join(seconds):

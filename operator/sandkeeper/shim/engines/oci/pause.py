@@ -64,6 +64,11 @@ def _loopback_up() -> None:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", flags | _IFF_UP))
 
 
+def is_any(environment: list[bytes]) -> bool:
+    """Whether an environment is a sandbox process's."""
+    return any(each.startswith(f"{_MARK}=".encode()) for each in environment)
+
+
 def find(root_dir: Path, sandbox_id: str) -> list[ProcessRef]:
     """Sandbox processes of a sandbox, by their environment: for one that a killed shim has not recorded."""
     wanted = {f"{_MARK}={sandbox_id}".encode(), f"{_ROOT}={root_dir}".encode()}
