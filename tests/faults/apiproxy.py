@@ -239,6 +239,7 @@ class ApiProxy:
 
     async def _close(self) -> None:
         await self._down()
+        await asyncio.sleep(0.05)  # a handshake that was under way has ended by now
         await self._server.shutdown(0.1)
         await self._session.close()
 

@@ -30,7 +30,7 @@ from tests.sandboxes import Sandboxes
 
 from sandkeeper.api import ASSIGNMENT_ANNOTATION
 from sandkeeper.localcluster.apiserver import Kubectl, free_ports
-from sandkeeper.localcluster.cluster import Engine, LocalCluster
+from sandkeeper.localcluster.cluster import OPERATOR, Engine, LocalCluster
 from sandkeeper.localcluster.watching import manifest
 from sandkeeper.wire import node_pb2
 
@@ -212,6 +212,8 @@ def broken_network(
             stack.enter_context(Objects(local.kubeconfig)),
             stack.enter_context(Shims(addresses, local.tls)),
         )
+        # Before the proxies go: it would knock at them to the last.
+        stack.callback(local.processes.stop, OPERATOR)
         if operator:
             local.start_operator()
             local.kubectl("wait", "sandboxnodes", "--all", "--for=condition=Ready", "--timeout=60s")

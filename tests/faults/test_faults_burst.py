@@ -1,0 +1,114 @@
+"""F14: very many at once, a fifth of which can never start."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+from tests.faults.network import Network, Trial, broken_network, sandbox
+from tests.faults.oracle import wanted
+from tests.faults.report import FINDINGS
+from tests.faults.workload import RUNNING
+from tests.histories import Object
+
+from sandkeeper.localcluster.watching import watching
+
+pytestmark = [pytest.mark.cluster, pytest.mark.fault("F14")]
+
+QUIET = 8.0
+"""Seconds, in which every object is looked at once or more."""
+BROKEN = wanted("Failed", "False StartError", exited="128 StartError", Stalled="True")
+GOOD = {"assign": 1, "create": 1, "start": 1, "write_status": 1}
+"""What the operator does for one that starts: two API writes and two calls."""
+BOUND = {"assign": 1, "create": 1, "start": 1, "write_status": 2, "shutdown": 1, "post_event": 2}
+"""At most, for one that cannot start."""
+
+
+@pytest.fixture(scope="module")
+def network() -> Iterator[Network]:
+    with broken_network(
+        operator_env={
+            "RESYNC_INTERVAL": "5",
+            "LIST_INTERVAL": "30",
+            "RELIST_INTERVAL": "2",
+            "NODE_UNREACHABLE_AFTER": "60",
+            "EFFECTS_FILE": "/dev/null",
+        }
+    ) as made:
+        trace = made.local.folder / "effects-operator.jsonl"
+        made.local.processes.stop("operator")
+        made.local.start_operator(env={"EFFECTS_FILE": str(trace)})
+        yield made
+
+
+@pytest.fixture
+def trial(network: Network) -> Iterator[Trial]:
+    with network.trial() as made:
+        yield made
+
+
+def good(number: int) -> Object:
+    return sandbox(f"good-{number}", memory="1Mi")
+
+
+def broken(number: int) -> Object:
+    """A program that is not there."""
+    return sandbox(f"broken-{number}", f"/nonexistent-{number}", memory="1Mi")
+
+
+async def _apply(network: Network, namespace: str, bodies: list[Object]) -> None:
+    async with watching(network.local.kubeconfig, namespace) as watcher:
+        await asyncio.gather(*(watcher.create(body) for body in bodies))
+
+
+async def _delete(network: Network, namespace: str, names: list[str]) -> None:
+    async with watching(network.local.kubeconfig, namespace) as watcher:
+        await asyncio.gather(*(watcher.delete(name) for name in names))
+
+
+def done(trial: Trial, names: list[str]) -> dict[str, Counter[str]]:
+    """By name: how often the operator has done what to each object, the shims' part of it among it."""
+    uids = {trial.uid(name): name for name in names}
+    found: dict[str, Counter[str]] = {name: Counter() for name in names}
+    trace = trial.network.local.folder / "effects-operator.jsonl"
+    for line in trace.read_text().splitlines():
+        each = json.loads(line)
+        subject = each["subject"]
+        name = uids.get(subject.rpartition("-")[0])  # a call names the instance
+        if name is None and subject.startswith(f"{trial.namespace}/sandboxes/"):
+            name = subject.split("/")[2]  # a write names the path
+        if name in found:
+            found[name][each["effect"]] += 1
+    return found
+
+
+@pytest.mark.parametrize("size", [200, pytest.param(1000, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("share", [0.2, pytest.param(0.0, marks=pytest.mark.thorough)])
+@pytest.mark.timeout(600)
+def test_what_cannot_start_costs_no_storm_and_holds_up_no_other(
+    trial: Trial, size: int, share: float
+) -> None:
+    """share: of those that cannot start. The cost of a good one is the same with and without them."""
+    bad = int(size * share)
+    bodies = [broken(number) for number in range(bad)] + [good(number) for number in range(size - bad)]
+    bodies.sort(key=lambda body: str(hash(body["metadata"]["name"])))  # mixed
+    names = [body["metadata"]["name"] for body in bodies]
+    asyncio.run(_apply(trial.network, trial.namespace, bodies))
+    oracle = trial.oracle()
+    FINDINGS.note(end=False, starts=False, leaks=False)
+    oracle.until({name: RUNNING if name.startswith("good") else BROKEN for name in names}, timeout=240)
+    FINDINGS.note(end=True)
+    oracle.assert_quiet(QUIET, within=90)
+    for name, counted in done(trial, names).items():
+        if name.startswith("good"):
+            assert counted == GOOD, f"{name}: {dict(counted)}"
+        else:
+            over = {effect: count for effect, count in counted.items() if count > BOUND.get(effect, 0)}
+            assert not over, f"{name}: {dict(counted)}"
+    assert oracle.wrong() == []
+    FINDINGS.note(starts=True, leaks=True)
+    asyncio.run(_delete(trial.network, trial.namespace, names))
+    oracle.until(dict.fromkeys(names), timeout=240)
