@@ -279,6 +279,7 @@ def test_an_object_restored_with_the_status_of_its_former_life_lives_anew(
         trial.network.local.processes.stop(OPERATOR)
     metadata = {part: backup["metadata"][part] for part in ("name", "annotations", "finalizers")}
     trial.user.run("create", "-f", "-", input=json.dumps({**backup, "metadata": metadata}))
+    eventually(lambda: len(trial.network.objects.uids(trial.namespace, "one")) == 2, timeout=60)
     if when == "present":
         trial.until("one", assigned)
     trial.user.run(
