@@ -19,6 +19,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+_MAY_BE_TRIED_AGAIN = 3
+"""Tests in one run. With more than these it is not the machine."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Names those that passed, or failed, only when they were tried again (pytest-rerunfailures)."""
+    again = terminalreporter.stats.get("rerun", [])
+    for report in again:
+        terminalreporter.section(f"tried again: {report.nodeid}", sep="-")
+        terminalreporter.write_line(str(report.longrepr))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    again = len(reporter.stats.get("rerun", [])) if reporter else 0
+    if exitstatus == pytest.ExitCode.OK and again > _MAY_BE_TRIED_AGAIN:
+        print(f"\n{again} tests had to be tried again; {_MAY_BE_TRIED_AGAIN} may")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[TestCluster]:
     """An API server with our CRDs."""
@@ -43,7 +64,7 @@ def local() -> Iterator[LocalCluster]:
     with whole_cluster(shims=2, engine="oci") as found, Objects(found.kubeconfig) as objects:
         yield found
         wrong = [line for history in objects.histories() for line in violations(history)]
-        assert not wrong, "\n".join(wrong)
+        assert not wrong, "untrue history:\n" + "\n".join(wrong)
 
 
 @pytest.fixture

@@ -57,7 +57,7 @@ class Oracle:
         FINDINGS.note(end=True)
         FINDINGS.note(starts=not self._starts(), leaks=not self._leftovers())
         wrong = [line for line in self.wrong(since) if not (copies and line.endswith(AT_ONCE))]
-        assert not wrong, "\n".join(wrong)
+        assert not wrong, "untrue history:\n" + "\n".join(wrong)
 
     # The end
 
