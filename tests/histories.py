@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
+from tests import argocd
+
 from sandkeeper.api import ASSIGNMENT_ANNOTATION, FINALIZER, Sandbox, instance_digest
 
 Object = dict[str, Any]
@@ -83,6 +85,17 @@ def current_is_true(before: Object, after: Object) -> Iterator[str]:
         )
     if assignment["digest"] != instance_digest(Sandbox.model_validate(after).spec):
         yield "it is Current and the instance is of another spec"
+
+
+def argo_cd_agrees(before: Object, after: Object) -> Iterator[str]:
+    """Argo CD's health says what kstatus says, and tells apart what was frozen as asked: that is Argo's Suspended."""
+    frozen = (
+        after["spec"].get("desiredState") == "Paused" and after.get("status", {}).get("phase") == "Paused"
+    )
+    wanted = {"Current": "Suspended" if frozen else "Healthy", "Failed": "Degraded"}
+    found, message = argocd.health(after)
+    if found != wanted.get(kstatus(after), "Progressing"):
+        yield f"it is {kstatus(after)}, and to Argo CD it is {found}: {message}"
 
 
 def generations_are_observed_in_order(before: Object, after: Object) -> Iterator[str]:
@@ -162,6 +175,7 @@ def the_finalizer_comes_with_the_assignment(before: Object, after: Object) -> It
 
 RULES: tuple[Rule, ...] = (
     current_is_true,
+    argo_cd_agrees,
     generations_are_observed_in_order,
     times_change_with_the_status_alone,
     an_exit_stays,

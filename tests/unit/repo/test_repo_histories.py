@@ -16,11 +16,11 @@ T0, T1, T2 = (f"2030-01-01T00:00:0{second}.000000Z" for second in range(3))
 UID = "4a7b"
 
 
-def condition(kind: str, status: str, at: str = T1, generation: int = 1) -> Object:
+def condition(kind: str, status: str, at: str = T1, generation: int = 1, reason: str = "Because") -> Object:
     return {
         "type": kind,
         "status": status,
-        "reason": "Because",
+        "reason": reason,
         "lastTransitionTime": at,
         "observedGeneration": generation,
     }
@@ -130,13 +130,10 @@ def test_a_life_from_creation_to_the_end_of_the_next_instance_is_right() -> None
 
 
 def test_wishes_that_are_met_are_right() -> None:
-    paused = changed(running(), desiredState="Paused")
-    paused["status"] |= {"observedGeneration": 2, "phase": "Paused"}
-    paused = conditions(paused, condition("Running", "False", T2), condition("Ready", "True"))
     stopped = dropped(changed(running(), desiredState="Stopped"), "pid")
     stopped["status"] |= {"observedGeneration": 2, "phase": "Stopped"}
     stopped = conditions(stopped, condition("Running", "False", T2), condition("Ready", "True"))
-    for body in (paused, stopped, completed()):
+    for body in (paused(), stopped, completed()):
         assert kstatus(body) == "Current"
         assert violations([body]) == []
 
@@ -161,6 +158,12 @@ def test_kstatus_is_as_cli_utils_computes_it(body: Object, wanted: str) -> None:
     assert kstatus(body) == wanted
 
 
+def paused(reason: str = "Paused") -> Object:
+    body = changed(running(), desiredState="Paused")
+    body["status"] |= {"observedGeneration": 2, "phase": "Paused"}
+    return conditions(body, condition("Running", "False", T2), condition("Ready", "True", reason=reason))
+
+
 OTHER_SPEC = changed(running(), containers=[{"name": "main", "image": "alpine"}])
 OTHER_SPEC["status"]["observedGeneration"] = 2
 
@@ -173,6 +176,8 @@ WRONG: list[tuple[list[Object], histories.Rule]] = [
     ([put(completed(), "status", "exitReason", to="Error")], histories.current_is_true),
     ([assigned(running(), 2)], histories.current_is_true),
     ([OTHER_SPEC], histories.current_is_true),
+    # Argo CD knows what is frozen by the reason.
+    ([paused("Frozen")], histories.argo_cd_agrees),
     (
         [put(running(), "status", "observedGeneration", to=2)],
         histories.generations_are_observed_in_order,
