@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 again := --reruns 1 --rerun-except 'left behind' --rerun-except 'untrue history'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults check bench crds stubs lock setup lint unit clean
+.PHONY: help demo test faults check bench crds stubs rules lock setup lint unit clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ crds: $(VENV)/.ready ## Generate crds/ and docs/reference.md from the pydantic m
 
 stubs: $(VENV)/.ready ## Generate the gRPC stubs from wire/*.proto
 	@PYTHON=$(py) hack/gen-stubs.sh
+
+rules: $(VENV)/.ready ## Generate the conformance command's rules from docs/contract.md
+	@$(py) hack/gen-rules.py
 
 lock: ## Pin the dependencies of pyproject.toml anew
 	@$(bin)/pip install --quiet uv

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import grpc
 from tests.cluster import eventually
-from tests.conformance.registry import Ability
-from tests.conformance.server import Clients, Images, Server, code_of
 from tests.images import ImageDef, Registry, free_port, registry
 from tests.leaks import Leaks
 
+from sandkeeper.conformance.registry import Ability
+from sandkeeper.conformance.server import Clients, Images, Server, code_of
 from sandkeeper.localcluster import pki
 from sandkeeper.localcluster.ocilayout import busybox_image, write_layout
 from sandkeeper.localcluster.processes import Processes

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
 from tests.cluster import eventually
-from tests.conformance.contract import rules
-from tests.conformance.registry import Check, checks
-from tests.conformance.server import Inapplicable
 from tests.conformance.shims import ENGINES, OF_ITS_OWN, Shims, shims
+
+from sandkeeper.conformance.contract import rules
+from sandkeeper.conformance.registry import Check, checks
+from sandkeeper.conformance.server import Inapplicable
 
 CHECKS = checks()
 
@@ -65,37 +65,3 @@ def test_every_rule_has_a_check() -> None:
     numbers = {rule.number for rule in rules()}
     assert numbers - checked == set(UNOBSERVABLE)
     assert checked - numbers == set()
-
-
-def test_every_check_has_a_name_of_its_own() -> None:
-    assert [name for name, count in Counter(check.name for check in CHECKS).items() if count > 1] == []
-
-
-def test_the_numbers_of_a_section_have_no_gap() -> None:
-    by_kind: dict[str, list[int]] = {}
-    for rule in rules():
-        kind, _, number = rule.number.partition("-")
-        by_kind.setdefault(kind, []).append(int(number))
-    assert by_kind
-    for kind, numbers in by_kind.items():
-        assert numbers == list(range(1, len(numbers) + 1)), kind
-
-
-@pytest.mark.parametrize(
-    ("page", "message"),
-    [
-        ("| A-1 | MUST | This. |\n| A-1 | MUST | That. |", "twice"),
-        ("| A-1 | MAY | This. |", "no rule"),
-        ("| A-1 | MUST |", "no rule"),
-    ],
-)
-def test_a_table_that_is_no_table_of_rules_is_refused(page: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        rules(page)
-
-
-def test_a_rule_is_read_with_its_section() -> None:
-    (rule,) = rules(
-        "## Create\n\n| rule | level | |\n| --- | --- | --- |\n| CREATE-1 | SHOULD | It does. |\n"
-    )
-    assert (rule.number, rule.level, rule.text, rule.section) == ("CREATE-1", "SHOULD", "It does.", "Create")

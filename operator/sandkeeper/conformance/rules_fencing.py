@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import grpc
-from tests.conformance.box import CREATED, EXITED, FOREVER, RUNNING, Box, fresh_owner, packed
-from tests.conformance.registry import rule
-from tests.conformance.server import Server, about, fails
 
+from sandkeeper.conformance.box import CREATED, EXITED, FOREVER, RUNNING, Box, fresh_owner, packed
+from sandkeeper.conformance.registry import rule
+from sandkeeper.conformance.server import Server, about, fails
 from sandkeeper.wire.ids import OWNER_INSTANCE, OWNER_UID, OwnerKey
 
 FAILED_PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION

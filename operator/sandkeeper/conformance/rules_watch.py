@@ -6,10 +6,10 @@ import asyncio
 from itertools import groupby, pairwise
 
 import grpc
-from tests.conformance.box import CREATED, EXITED, FOREVER, PREPARING, RUNNING, Box
-from tests.conformance.registry import rule
-from tests.conformance.server import PATIENCE, Server, drained, fails, until
 
+from sandkeeper.conformance.box import CREATED, EXITED, FOREVER, PREPARING, RUNNING, Box
+from sandkeeper.conformance.registry import rule
+from sandkeeper.conformance.server import PATIENCE, Server, drained, fails, until
 from sandkeeper.wire import node_pb2
 from sandkeeper.wire.errors import OutOfRange
 

@@ -10,10 +10,10 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from tests.conformance.box import CREATED, EXITED, FOREVER, RUNNING, Box, fresh_owner
-from tests.conformance.registry import rule
-from tests.conformance.server import PATIENCE, Server, about, code_of, fails, unknown_id, until
 
+from sandkeeper.conformance.box import CREATED, EXITED, FOREVER, RUNNING, Box, fresh_owner
+from sandkeeper.conformance.registry import rule
+from sandkeeper.conformance.server import PATIENCE, Server, about, code_of, fails, unknown_id, until
 from sandkeeper.wire import controller_pb2, controller_pb2_grpc
 from sandkeeper.wire.client import open_channel
 

@@ -6,7 +6,8 @@ import asyncio
 import time
 
 import grpc
-from tests.conformance.box import (
+
+from sandkeeper.conformance.box import (
     CREATED,
     DEAF,
     EXITED,
@@ -18,9 +19,8 @@ from tests.conformance.box import (
     state_name,
     states,
 )
-from tests.conformance.registry import rule
-from tests.conformance.server import MOMENT, Inapplicable, Server, about, fails, until
-
+from sandkeeper.conformance.registry import rule
+from sandkeeper.conformance.server import MOMENT, Inapplicable, Server, about, fails, until
 from sandkeeper.wire import node_pb2
 
 ALWAYS = node_pb2.RESTART_POLICY_ALWAYS

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
-from tests.conformance.box import (
+
+from sandkeeper.conformance.box import (
     CREATED,
     EXITED,
     FAILED,
@@ -20,8 +21,8 @@ from tests.conformance.box import (
     state_name,
     states,
 )
-from tests.conformance.registry import rule
-from tests.conformance.server import MOMENT, Inapplicable, Server, about, drained, fails, until
+from sandkeeper.conformance.registry import rule
+from sandkeeper.conformance.server import MOMENT, Inapplicable, Server, about, drained, fails, until
 
 FAILED_PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
 DEADLINE_EXCEEDED, NOT_FOUND = grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.NOT_FOUND

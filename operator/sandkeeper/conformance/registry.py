@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from tests.conformance.server import Server
+from sandkeeper.conformance.server import Server
 
 Ability = Literal["failpoints", "leaks", "local", "processes", "registry", "restart", "tcp"]
 """What a check needs beyond a server that answers:
@@ -60,5 +60,5 @@ def rule(*numbers: str, needs: tuple[Ability, ...] = ()) -> Callable[[F], F]:
 def checks() -> tuple[Check, ...]:
     """All of them, in the order of the contract's sections."""
     for module in MODULES:
-        importlib.import_module(f"tests.conformance.rules_{module}")
+        importlib.import_module(f"sandkeeper.conformance.rules_{module}")
     return tuple(_checks)

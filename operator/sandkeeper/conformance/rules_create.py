@@ -6,7 +6,8 @@ import asyncio
 
 import grpc
 from google.protobuf import any_pb2
-from tests.conformance.box import (
+
+from sandkeeper.conformance.box import (
     CREATED,
     EXITED,
     FOREVER,
@@ -18,9 +19,8 @@ from tests.conformance.box import (
     fresh_owner,
     packed,
 )
-from tests.conformance.registry import rule
-from tests.conformance.server import Inapplicable, Server, about, fails, unknown_id, until
-
+from sandkeeper.conformance.registry import rule
+from sandkeeper.conformance.server import Inapplicable, Server, about, fails, unknown_id, until
 from sandkeeper.wire import node_pb2
 
 ALREADY_EXISTS, INVALID_ARGUMENT = grpc.StatusCode.ALREADY_EXISTS, grpc.StatusCode.INVALID_ARGUMENT

@@ -6,10 +6,20 @@ import platform
 from pathlib import Path
 
 import grpc
-from tests.conformance.box import CREATED, EXITED, FAILED, FOREVER, PREPARING, Box, box_in, state_name, states
-from tests.conformance.registry import rule
-from tests.conformance.server import PATIENCE, Server, about, code_of, drained, fails
 
+from sandkeeper.conformance.box import (
+    CREATED,
+    EXITED,
+    FAILED,
+    FOREVER,
+    PREPARING,
+    Box,
+    box_in,
+    state_name,
+    states,
+)
+from sandkeeper.conformance.registry import rule
+from sandkeeper.conformance.server import PATIENCE, Server, about, code_of, drained, fails
 from sandkeeper.wire import controller_pb2, node_pb2, types_pb2
 
 _GO = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -89,8 +99,11 @@ async def every_ready_runtime_runs_a_sandbox(server: Server) -> None:
 
 @rule("INFO-1", needs=("local",))
 async def the_boot_id_is_the_kernels(server: Server) -> None:
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    assert (await server.client.info()).boot_id == boot_id
+    assert (await server.client.info()).boot_id == _boot_id()
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 @rule("INFO-2")

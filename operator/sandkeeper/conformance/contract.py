@@ -1,12 +1,13 @@
-"""The rules of docs/contract.md, read from its tables: the one source of what is checked."""
+"""The rules of docs/contract.md: read from its tables by `make rules`, and from `rules.json` ever after, so that an
+installed command has them too."""
 
 from __future__ import annotations
 
+import functools
+import json
 import re
-from dataclasses import dataclass
-from pathlib import Path
-
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "contract.md"
+from dataclasses import asdict, dataclass
+from importlib.resources import files
 
 _ROW = re.compile(r"\| (?P<number>[A-Z]+-[0-9]+) \| (?P<level>MUST|SHOULD) \| (?P<text>.+) \|")
 
@@ -21,12 +22,18 @@ class Rule:
     section: str
 
 
-def rules(page: str | None = None) -> tuple[Rule, ...]:
-    """Every rule in the order of the page (default: docs/contract.md). Raises ValueError for a number that stands
-    there twice, and for a row of a table that is no rule and no heading."""
+@functools.cache
+def rules() -> tuple[Rule, ...]:
+    """Every rule, in the order of the page."""
+    return tuple(Rule(**each) for each in json.loads(files(__package__).joinpath("rules.json").read_text()))
+
+
+def parse(page: str) -> tuple[Rule, ...]:
+    """The rules of a page. Raises ValueError for a number that stands there twice, and for a row of a table that is
+    no rule and no heading."""
     found: dict[str, Rule] = {}
     section = ""
-    for line in (PAGE.read_text() if page is None else page).splitlines():
+    for line in page.splitlines():
         if line.startswith("## "):
             section = line.removeprefix("## ")
         elif line.startswith("|") and not line.startswith(("| rule |", "| --- |")):
@@ -37,3 +44,8 @@ def rules(page: str | None = None) -> tuple[Rule, ...]:
                 raise ValueError(f"{row['number']} stands there twice")
             found[row["number"]] = Rule(row["number"], row["level"], row["text"], section)
     return tuple(found.values())
+
+
+def written(found: tuple[Rule, ...]) -> str:
+    """What `rules.json` holds of them."""
+    return json.dumps([asdict(each) for each in found], indent=1, ensure_ascii=False) + "\n"

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 
 import grpc
-from tests.conformance.box import EXITED, FAILED, FOREVER, RUNNING, Box, failing_box
-from tests.conformance.registry import rule
-from tests.conformance.server import MOMENT, PATIENCE, Server, fails
 
+from sandkeeper.conformance.box import EXITED, FAILED, FOREVER, RUNNING, Box, failing_box
+from sandkeeper.conformance.registry import rule
+from sandkeeper.conformance.server import MOMENT, PATIENCE, Server, fails
 from sandkeeper.wire import node_pb2
 
 DEADLINE_EXCEEDED, NOT_FOUND = grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.NOT_FOUND

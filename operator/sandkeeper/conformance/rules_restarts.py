@@ -6,7 +6,8 @@ import asyncio
 from datetime import UTC, datetime
 
 import grpc
-from tests.conformance.box import (
+
+from sandkeeper.conformance.box import (
     CREATED,
     EXITED,
     FAILED,
@@ -20,9 +21,8 @@ from tests.conformance.box import (
     state_name,
     states,
 )
-from tests.conformance.registry import rule
-from tests.conformance.server import MOMENT, Server, about, alive, fails, until
-
+from sandkeeper.conformance.registry import rule
+from sandkeeper.conformance.server import MOMENT, Server, about, alive, fails, until
 from sandkeeper.wire import node_pb2
 from sandkeeper.wire.times import to_datetime
 
@@ -104,7 +104,8 @@ async def a_killed_server_has_every_record_and_what_ran_runs_on(server: Server) 
 
 
 def _forget_reasons(record: node_pb2.SandboxRecord) -> None:
-    for each in (record, *record.containers):
+    record.reason = record.message = ""
+    for each in record.containers:
         each.reason = each.message = ""
 
 

@@ -7,9 +7,9 @@ from collections.abc import Awaitable
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.conformance.registry import rule
-from tests.conformance.server import PATIENCE, Clients, Server, about, drained, fails, unknown_id
 
+from sandkeeper.conformance.registry import rule
+from sandkeeper.conformance.server import PATIENCE, Clients, Server, about, drained, fails, unknown_id
 from sandkeeper.wire import controller_pb2_grpc, node_pb2, node_pb2_grpc
 from sandkeeper.wire.client import OPTIONS, ShimClient
 from sandkeeper.wire.controller_pb2 import ControllerStatusRequest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from tests.conformance.box import (
+from sandkeeper.conformance.box import (
     EXITED,
     FOREVER,
     OBEDIENT,
@@ -17,9 +17,8 @@ from tests.conformance.box import (
     state_name,
     states,
 )
-from tests.conformance.registry import rule
-from tests.conformance.server import Server, about, until
-
+from sandkeeper.conformance.registry import rule
+from sandkeeper.conformance.server import Server, about, until
 from sandkeeper.wire import node_pb2
 
 WAITING, RUNS, ENDED = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import grpc
-from tests.conformance.box import (
+
+from sandkeeper.conformance.box import (
     EXITED,
     FAILED,
     FOREVER,
@@ -17,9 +18,8 @@ from tests.conformance.box import (
     container,
     failing_box,
 )
-from tests.conformance.registry import rule
-from tests.conformance.server import Server, alive, fails, until
-
+from sandkeeper.conformance.registry import rule
+from sandkeeper.conformance.server import Server, alive, fails, until
 from sandkeeper.wire import node_pb2
 
 FAILED_PRECONDITION, UNAVAILABLE = grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAVAILABLE

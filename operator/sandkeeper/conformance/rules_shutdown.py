@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 
 import grpc
-from tests.conformance.box import DEAF, FOREVER, OBEDIENT, Box, box_in, container, state_name, states
-from tests.conformance.registry import rule
-from tests.conformance.server import Server, about, alive, code_of, fails, until
 
+from sandkeeper.conformance.box import DEAF, FOREVER, OBEDIENT, Box, box_in, container, state_name, states
+from sandkeeper.conformance.registry import rule
+from sandkeeper.conformance.server import Server, about, alive, code_of, fails, until
 from sandkeeper.wire import node_pb2
 
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
@@ -67,9 +68,13 @@ async def what_runs_is_stopped_with_its_grace_period(server: Server) -> None:
             await box.said("ready")
             async with server.watching() as changes:
                 await box.shutdown()
-                await until(lambda changes=changes: changes[-1:] and changes[-1].removed)
+                await until(functools.partial(_removed, changes))
                 ended = [change.sandbox.exit for change in changes if change.sandbox.HasField("exit")]
             assert (ended[-1].status, ended[-1].reason) == (status, "Stopped")
+
+
+def _removed(changes: list[node_pb2.WatchResponse]) -> bool:
+    return bool(changes) and changes[-1].removed
 
 
 @rule("SHUTDOWN-5")

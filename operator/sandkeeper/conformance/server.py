@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -100,7 +100,7 @@ class Server:
         self.controller: Any = controller_pb2_grpc.ControllerStub(self.channel)
         self.node: Any = node_pb2_grpc.NodeStub(self.channel)
         self.client = ShimClient(self.address, tls=self.tls, server_name=self.server_name)
-        self._closing.push_async_callback(self.channel.close)
+        self._closing.push_async_callback(self.channel.close, None)
         self._closing.push_async_callback(self.client.close)
 
     async def __aexit__(self, *_: object) -> None:
@@ -249,7 +249,7 @@ async def fails(call: Awaitable[object], *codes: grpc.StatusCode) -> str:
     return message
 
 
-async def drained(stream: AsyncIterator[Any]) -> list[Any]:
+async def drained(stream: AsyncIterable[Any]) -> list[Any]:
     """All of a stream that ends."""
     async with asyncio.timeout(PATIENCE):
         return [each async for each in stream]

@@ -9,8 +9,8 @@ from datetime import datetime
 from typing import Any
 
 from google.protobuf import any_pb2
-from tests.conformance.server import PATIENCE, Inapplicable, Server, until
 
+from sandkeeper.conformance.server import PATIENCE, Inapplicable, Server, until
 from sandkeeper.wire import controller_pb2, node_pb2
 from sandkeeper.wire.ids import OwnerKey
 
