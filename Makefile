@@ -30,13 +30,18 @@ setup: $(VENV)/.ready ## What demo and tests need: Python packages, Debian packa
 	@$(py) -m sandkeeper.localcluster.preflight --install
 	@$(py) -m sandkeeper.localcluster.binaries
 
+# Beside the targets, since a demo needs no containerd.
+.PHONY: test-setup
+test-setup: setup
+	@$(py) -m sandkeeper.localcluster.binaries --tests
+
 demo: setup ## From kubectl apply to an exit status in the object, on a real API server and a real runtime
 	@KEEP=$(KEEP) $(bin)/sandkeeper demo
 
-test: setup check ## All tests: unit, then against a real API server with crun and runc
+test: test-setup check ## All tests: unit, then against a real API server with crun and runc
 	@$(py) -m pytest tests --ignore=tests/unit $(again) $(PYTEST_ARGS)
 
-faults: setup ## Every fault at every effect, and a table of what held (half an hour)
+faults: test-setup ## Every fault at every effect, and a table of what held (half an hour)
 	@$(py) -m pytest tests/faults --faults=all $(PYTEST_ARGS)
 
 check: $(VENV)/.ready ## All that needs no cluster: lint, types, layers, drift, unit tests

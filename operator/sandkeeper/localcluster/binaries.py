@@ -1,7 +1,8 @@
 """Where etcd, kube-apiserver and kubectl come from: first match wins.
 
 $KUBEBUILDER_ASSETS, PATH, our cache, a download of the upstream envtest archive, a build from the pinned Go modules.
-`python -m sandkeeper.localcluster.binaries` says where each was found, and makes what is missing.
+`python -m sandkeeper.localcluster.binaries` says where each was found, and makes what is missing; with `--tests`
+also the two containerds that only the tests need (`containerd_sources`).
 """
 
 from __future__ import annotations
@@ -70,12 +71,12 @@ def find(name: str, *, environ: Mapping[str, str] | None = None) -> Found | None
     """The binary as it is there already, or None."""
     environ = os.environ if environ is None else environ
     assets = environ.get("KUBEBUILDER_ASSETS")
-    if assets and _executable(Path(assets) / name):
+    if assets and executable(Path(assets) / name):
         return Found(name, Path(assets) / name, "$KUBEBUILDER_ASSETS")
     on_path = shutil.which(name, path=environ.get("PATH"))
     if on_path and (name != "kubectl" or _kubectl_fits(Path(on_path))):
         return Found(name, Path(on_path), "PATH")
-    if _executable(cached := cache_dir() / name):
+    if executable(cached := cache_dir() / name):
         return Found(name, cached, "cache")
     return None
 
@@ -86,7 +87,7 @@ def ensure(names: tuple[str, ...] = NAMES, *, say: Say | None = None) -> dict[st
     found = {name: hit for name in names if (hit := find(name))}
     if len(found) == len(names):
         return found
-    with _lock(say):  # whoever held it may have made what is missing here
+    with lock(say):  # whoever held it may have made what is missing here
         found = {name: hit for name in names if (hit := find(name))}
         missing = [name for name in names if name not in found]
         for origin, make in (("downloaded", _download), ("built", gobuild.build)):
@@ -104,18 +105,20 @@ def ensure(names: tuple[str, ...] = NAMES, *, say: Say | None = None) -> dict[st
 
 
 @contextlib.contextmanager
-def _lock(say: Say) -> Iterator[None]:
+def lock(say: Say) -> Iterator[None]:
+    """Held by the one process that makes what is missing in the cache."""
     cache_root().mkdir(parents=True, exist_ok=True)
-    with (cache_root() / "bin.lock").open("w") as lock:
+    with (cache_root() / "bin.lock").open("w") as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say("Another process is making the binaries: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(held, fcntl.LOCK_EX)
         yield
 
 
-def _executable(path: Path) -> bool:
+def executable(path: Path) -> bool:
+    """Whether it is a file that can be run."""
     return path.is_file() and os.access(path, os.X_OK)
 
 
@@ -183,15 +186,25 @@ def _extract(archive: Any, names: list[str], target: Path) -> list[str]:
     return made
 
 
-def main() -> None:
+@click.command()
+@click.option("--tests", is_flag=True, help="Also what only the tests need: two containerds.")
+def main(tests: bool) -> None:
+    """Say where the binaries are, and make those that are missing."""
+    from sandkeeper.localcluster import containerd_sources  # it builds on this module
+
+    def say(line: str) -> None:
+        click.echo(line, err=True)
+
     try:
-        found = ensure(say=lambda line: click.echo(line, err=True))
+        found = list(ensure(say=say).values())
+        if tests:
+            found += [containerd_sources.ensure(each, say=say) for each in containerd_sources.SOURCES]
     except (BinariesError, OSError) as error:
         click.echo(f"binaries: {error}", err=True)
         sys.exit(1)
-    for name in NAMES:
-        click.echo(f"{name:<15} {found[name].origin:<20} {found[name].path}")
+    for each in found:
+        click.echo(f"{each.name:<15} {each.origin:<20} {each.path}")
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="binaries")

