@@ -66,7 +66,8 @@ class Keeper:
         for leftover in await self.engine.list() - self._sandboxes.keys():
             log.warning("leftover without a record removed", extra={"sandbox": leftover})
             await self.engine.remove(leftover)
-        for instance in self._sandboxes.values():
+        # A copy: a Shutdown that had been cut off may end meanwhile.
+        for instance in tuple(self._sandboxes.values()):
             await instance.recover()
         self._tasks.spawn(self._regularly(self.settings.usage_interval, self._sample))
         self._tasks.spawn(self._regularly(self.settings.collect_interval, self._collect))
@@ -75,7 +76,7 @@ class Keeper:
         """Lets go of everything; sandboxes run on."""
         self.journal.close()
         await self._tasks.cancel()
-        for instance in self._sandboxes.values():
+        for instance in tuple(self._sandboxes.values()):
             await instance.close()
         await self.engine.close()
         if self._lock >= 0:

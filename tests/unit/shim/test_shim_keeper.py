@@ -579,6 +579,19 @@ async def test_a_shutdown_that_was_cut_off_is_carried_through(make: Make) -> Non
     assert not await keeper.engine.list()
 
 
+async def test_shutdowns_that_were_cut_off_may_end_while_the_shim_starts(make: Make) -> None:
+    keeper = await make(failpoints={"remove": "error(cut)"})
+    owners = [OwnerKey("ns", "box", f"uid-{number}", 1) for number in range(4)]
+    for owner in owners:
+        instance = await create(keeper, FOREVER, owner=owner)
+        if owner is not owners[-1]:
+            with pytest.raises(EngineError):
+                await instance.shutdown()
+    # The last one is looked into while the others end.
+    keeper = await make(failpoints={"inspect": "delay(0.3)"})
+    await until(lambda: len(keeper.all()) == 1)
+
+
 async def test_a_stop_that_was_cut_off_is_carried_through(make: Make) -> None:
     keeper = await make()
     instance = await run(keeper, ["ignore-term", *FOREVER], policy=node_pb2.RESTART_POLICY_ALWAYS)
