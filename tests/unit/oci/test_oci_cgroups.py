@@ -276,6 +276,18 @@ def test_freezing_on_v1(make: Make, tmp_path: Path) -> None:
     assert found.is_frozen(ID)
 
 
+def test_what_does_not_freeze_is_let_go_for_a_moment(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As v1 behaves where a thread is frozen that another's execve waits for: FREEZING until it is thawed."""
+    found, written = make(V1), list[str]()
+    write(tmp_path / "freezer/sandkeeper" / ID, freezer__state="THAWED\n")
+    monkeypatch.setattr(Path, "write_text", lambda _path, text: written.append(text))
+    monkeypatch.setattr(Path, "read_text", lambda _path: written[-1] if "THAWED" in written else "FREEZING\n")
+    found.freeze(ID, True)
+    assert written[-2:] == ["THAWED", "FROZEN"]
+
+
 def test_freezing_on_v2(make: Make, tmp_path: Path) -> None:
     found = make(V2)
     folder = tmp_path / "sandkeeper" / ID

@@ -21,6 +21,7 @@ from sandkeeper.shim.engines.base import EngineError, UsageSample
 
 # No identifier, so that no sandbox is called so.
 MONITORS = "_monitors"
+_THAW_AFTER, _THAWED_SECONDS = 25, 0.01
 _V2_CONTROLLERS = ("cpu", "memory", "pids", "io", "cpuset")
 
 
@@ -164,17 +165,14 @@ class Cgroups:
         """Freezes or thaws all containers of a sandbox. Raises EngineError `PauseFailed` after `seconds`."""
         relative = self.path(sandbox_id).lstrip("/")
         folder = (self.hierarchies[0].point if self.v2 else self._of("freezer")) / relative
-        deadline = time.monotonic() + seconds
+        deadline, tries = time.monotonic() + seconds, 0
         try:
             while True:
                 if self.v2:
                     (folder / "cgroup.freeze").write_text("1" if frozen else "0")
                     done = f"frozen {int(frozen)}" in (folder / "cgroup.events").read_text()
                 else:
-                    # Written again until it holds: v1 may miss a task that was just made.
-                    (folder / "freezer.state").write_text("FROZEN" if frozen else "THAWED")
-                    state = (folder / "freezer.state").read_text().strip()
-                    done = state == ("FROZEN" if frozen else "THAWED")
+                    done = self._set_freezer(folder / "freezer.state", frozen, tries := tries + 1)
                 if done:
                     return
                 if time.monotonic() > deadline:
@@ -182,6 +180,16 @@ class Cgroups:
                 time.sleep(0.002)
         except OSError as error:
             raise EngineError("PauseFailed", f"cgroup freezer: {error}", retryable=True) from None
+
+    @staticmethod
+    def _set_freezer(state: Path, frozen: bool, tries: int) -> bool:
+        """v1, asked again until it holds: FROZEN may miss a task that was just made. One frozen while another
+        thread's execve waits for it holds up the freezing for ever; let go for a moment, both get on."""
+        if frozen and tries % _THAW_AFTER == 0:
+            state.write_text("THAWED")
+            time.sleep(_THAWED_SECONDS)
+        state.write_text("FROZEN" if frozen else "THAWED")
+        return state.read_text().strip() == ("FROZEN" if frozen else "THAWED")
 
     def is_frozen(self, sandbox_id: str) -> bool:
         relative = self.path(sandbox_id).lstrip("/")
