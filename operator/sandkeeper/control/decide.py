@@ -280,6 +280,7 @@ RULES = (
     Rule(r.refused, "Refused", FAILED, say_refusal),
     Rule(r.preparing, "Preparing", PROGRESSING, wait_for_preparation),
     Rule(r.not_started, "Starting", PROGRESSING, start),
+    Rule(r.past_deadline_unsaid, "DeadlineExceeded", PROGRESSING, rest),
     Rule(r.past_deadline, "DeadlineExceeded", PROGRESSING, stop),
     Rule(r.pause_wanted, "Pausing", PROGRESSING, pause),
     Rule(r.resume_wanted, "Resuming", PROGRESSING, resume),

@@ -1,4 +1,8 @@
-"""The life of one instance: how it ended, what that means, and when something is due. Pure."""
+"""The life of one instance: how it ended, what that means, and when something is due. Pure.
+
+A node's clock may be hours off ours, and either may be set to another time at any moment. So a node's times are told
+as they are, but nothing that is due is reckoned from them alone: see `due_after_end` and `Observation.ran`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Literal
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from sandkeeper.api import READY, RUNNING, SCHEDULED, find_condition
 from sandkeeper.control.observation import Absent, Observation, Present
 from sandkeeper.wire import node_pb2
 
@@ -18,7 +23,7 @@ SANDBOX_LOST = "SandboxLost"
 NODE_LOST = "ShimLost"
 START_ERROR = "StartError"
 
-# A node's clock may differ from ours: an exit this much before the deadline still counts as the deadline's.
+# Both times are the node's: an exit this much before the deadline still counts as the deadline's.
 CLOCK_SKEW_SECONDS = 2.0
 MAX_BACKOFF_SECONDS = 3600.0
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -133,9 +138,13 @@ def _ending_on_node(o: Observation, record: node_pb2.SandboxRecord) -> Ending | 
 
 def _ended_by_deadline(o: Observation, record: node_pb2.SandboxRecord, at: datetime) -> bool:
     limit = o.sandbox.spec.active_deadline_seconds
-    if limit is None or wish(o) == "Stopped" or not record.HasField("started_at"):
+    if limit is None or wish(o) == "Stopped":
         return False
-    return later(at, CLOCK_SKEW_SECONDS) >= later(moment(record.started_at), limit)
+    if deadline_said(o):
+        return True
+    return record.HasField("started_at") and later(at, CLOCK_SKEW_SECONDS) >= later(
+        moment(record.started_at), limit
+    )
 
 
 def deadline(o: Observation) -> datetime | None:
@@ -143,7 +152,32 @@ def deadline(o: Observation) -> datetime | None:
     limit = o.sandbox.spec.active_deadline_seconds
     if limit is None or not isinstance(o.record, Present) or not o.record.record.HasField("started_at"):
         return None
+    if o.ran is not None:
+        return later(o.now, limit - o.ran)
     return later(moment(o.record.record.started_at), limit)
+
+
+def deadline_said(o: Observation) -> bool:
+    """The status says already that activeDeadlineSeconds is over for this instance. It is written before the
+    instance is stopped: afterwards nothing else tells surely why it was."""
+    found = find_condition(o.sandbox.status.conditions, READY)
+    return (
+        of_this_instance(o)
+        and found is not None
+        and (found.reason, found.observed_generation) == (DEADLINE_EXCEEDED, o.generation)
+    )
+
+
+def run_already(o: Observation) -> float:
+    """Seconds that an instance may have run when it is seen for the first time: as the node says, but not longer
+    than we have known of it. 0 where we have not told that it runs yet: it was started just now."""
+    if not isinstance(o.record, Present) or not was_started(o):
+        return 0.0
+    ran = (o.now - moment(o.record.record.started_at)).total_seconds()
+    scheduled = find_condition(o.sandbox.status.conditions, SCHEDULED)
+    if scheduled is not None and scheduled.status == "True":
+        ran = min(ran, (o.now - scheduled.last_transition_time).total_seconds())
+    return max(0.0, ran)
 
 
 def restart_wanted(o: Observation) -> bool:
@@ -163,7 +197,20 @@ def recreation_due(o: Observation) -> datetime | None:
         return None
     # float ** may overflow; the bound is reached long before.
     factor = 2.0 ** min(o.assignment.recreations, 32)
-    return later(end.at, min(policy.backoff_seconds * factor, MAX_BACKOFF_SECONDS))
+    return due_after_end(o, end, min(policy.backoff_seconds * factor, MAX_BACKOFF_SECONDS))
+
+
+def due_after_end(o: Observation, end: Ending, seconds: float) -> datetime:
+    """`seconds` after the end, by our own clock.
+
+    The end as the node has it counts only between what is surely before it and now. Otherwise it is the moment at
+    which we wrote that nothing runs any more; a clock that was set back since then delays by no more than that.
+    """
+    seen = find_condition(o.sandbox.status.conditions, RUNNING) if recorded_ending(o) is not None else None
+    if seen is None or seen.status != "False":
+        return later(min(end.at, o.now), seconds)
+    ours = seen.last_transition_time
+    return later(end.at if ours <= end.at <= o.now else min(ours, o.now), seconds)
 
 
 def expiry(o: Observation) -> datetime | None:
@@ -171,7 +218,7 @@ def expiry(o: Observation) -> datetime | None:
     ttl, end = o.sandbox.spec.ttl_seconds_after_finished, recorded_ending(o)
     if ttl is None or end is None or not finished_for_good(o):
         return None
-    return later(end.at, ttl)
+    return due_after_end(o, end, ttl)
 
 
 def finished_for_good(o: Observation) -> bool:
@@ -186,7 +233,7 @@ def finished_for_good(o: Observation) -> bool:
 def forget_due(o: Observation) -> datetime | None:
     """When the node may forget an instance whose end is safe in the API."""
     end = recorded_ending(o)
-    return None if end is None else later(end.at, o.retention)
+    return None if end is None else due_after_end(o, end, o.retention)
 
 
 def next_look(o: Observation) -> float | None:

@@ -206,5 +206,7 @@ class Observation:
     refusal: tuple[str, str] | None = None
     # Why the spec cannot be read at all, empty where it can.
     invalid: str = ""
+    # How long this instance has run, in seconds, whatever was done to the clocks; None where that is not measured.
+    ran: float | None = None
     # How long a finished instance is left on its node (its logs stay readable), in seconds.
     retention: float = 0.0

@@ -14,7 +14,7 @@ from sandkeeper.control import act
 from sandkeeper.control.actions import Action
 from sandkeeper.control.calls import Calls
 from sandkeeper.control.ledger import Ledger
-from sandkeeper.control.lifespan import recorded_ending, was_started
+from sandkeeper.control.lifespan import recorded_ending, run_already, was_started
 from sandkeeper.control.observation import (
     Absent,
     Assignment,
@@ -26,7 +26,7 @@ from sandkeeper.control.observation import (
     Unknown,
 )
 from sandkeeper.control.ports import KubeError, MetricsPort, NodesPort, Raw
-from sandkeeper.control.rules import FENCED, status_names_instance
+from sandkeeper.control.rules import FENCED, live, status_names_instance
 
 log = logging.getLogger(__name__)
 
@@ -72,10 +72,18 @@ class Observer:
         clock: Callable[[], datetime],
         retention: float,
         aside: Callable[[Key], None],
+        monotonic: Callable[[], float],
     ) -> None:
         self._nodes, self._ledger, self._calls, self._metrics = nodes, ledger, calls, metrics
         self._clock, self._aside = clock, aside
         self._retention = retention
+        self._monotonic = monotonic
+        # Of those with a deadline: which instance, and since when it runs by the clock that nobody sets.
+        self._running: dict[Key, tuple[int, float]] = {}
+
+    def forget(self, key: Key) -> None:
+        """Of an object that is gone."""
+        self._running.pop(key, None)
 
     async def observe(self, now: Pass) -> Observation:
         """What is known of the object, its instance and its node; asks the node only where a cache will not
@@ -110,12 +118,25 @@ class Observer:
         o = replace(
             o, node=await self._node(assignment.node, settled), record=self._record(now, o, assignment)
         )
+        o = self._measured(now.key, o, assignment.instance)
         if settled or o.in_flight or not _looks_lost(o):
             return o
         # A list may be older than the last Start: before something is called lost the node is asked.
         node = act.node_of(o, self._nodes, self._metrics, lambda: self._aside(now.key))
         now.record = (await act.status(node)).record or Unknown() if node is not None else Unknown()
         return replace(o, record=now.record)
+
+    def _measured(self, key: Key, o: Observation, instance: int) -> Observation:
+        """With `ran`, where it matters. An operator that was started anew has the clocks' word for what was before."""
+        if o.sandbox.spec.active_deadline_seconds is None or (isinstance(o.record, Present) and not live(o)):
+            self._running.pop(key, None)
+        if o.sandbox.spec.active_deadline_seconds is None or not live(o):
+            return o
+        now = self._monotonic()
+        known = self._running.get(key)
+        if known is None or known[0] != instance:
+            known = self._running[key] = (instance, now - run_already(o))
+        return replace(o, ran=now - known[1])
 
     def _record(self, now: Pass, o: Observation, assignment: Assignment) -> RecordView:
         seen = self._nodes.record(assignment.node, f"{o.uid}-{assignment.instance}")

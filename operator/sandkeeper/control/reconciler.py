@@ -48,6 +48,7 @@ from sandkeeper.control.ports import (
     RecorderPort,
     StorePort,
 )
+from sandkeeper.control.rules import past_deadline
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ class Reconciler:
         retention_seconds: float = 0.0,
         usage_interval: float = 0.0,
         patience: float = 3.0,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store, self._kube, self._nodes, self._recorder = store, kube, nodes, recorder
         self._metrics = metrics or NoMetrics()
@@ -93,7 +95,7 @@ class Reconciler:
         self._calls: Calls[act.Outcome] = Calls(self._wake, patience)
         self._ledger = Ledger()
         self._observer = Observer(
-            nodes, self._ledger, self._calls, self._metrics, clock, retention_seconds, aside
+            nodes, self._ledger, self._calls, self._metrics, clock, retention_seconds, aside, monotonic
         )
         self._ledger_complete = False
         self._failures: dict[Key, int] = {}
@@ -174,8 +176,8 @@ class Reconciler:
             self._note_placement(now.key, decision)
             if isinstance(decision.action, Rest):
                 wrote = await self._write_status(now, observation, decision)
-                if wrote and ending(observation) is not None:
-                    continue  # how it ended is safe now: the consequences
+                if wrote and (ending(observation) is not None or past_deadline(observation)):
+                    continue  # how it ended, or why it is to end, is safe now: the consequences
                 self._settled(now.key, decision)
                 return decision.requeue_after
             if not now.current and _unchecked(observation, decision.action):
@@ -313,6 +315,7 @@ class Reconciler:
 
     def _forget(self, key: Key) -> None:
         self._drop(key)
+        self._observer.forget(key)
         self._failures.pop(key, None)
         self._unschedulable.discard(key)
         self._since.pop(key, None)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from sandkeeper.control.lifespan import (
     LIVE,
     deadline,
+    deadline_said,
     ending,
     expiry,
     forget_due,
@@ -224,7 +225,13 @@ def not_started(o: Observation) -> bool:
 
 def past_deadline(o: Observation) -> bool:
     at = deadline(o)
-    return at is not None and at <= o.now and live(o)
+    return at is not None and live(o) and (at <= o.now or deadline_said(o))
+
+
+def past_deadline_unsaid(o: Observation) -> bool:
+    """That it is stopped for its deadline goes into the API before it is stopped: one that is stopped for no such
+    reason is started again."""
+    return past_deadline(o) and not deadline_said(o)
 
 
 def pause_wanted(o: Observation) -> bool:

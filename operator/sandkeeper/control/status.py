@@ -252,7 +252,8 @@ def changed(before: SandboxStatus, after: SandboxStatus, *, usage_interval: floa
         return False
     if before.usage is None or before.usage.sampled_at is None:
         return True
-    return (after.usage.sampled_at - before.usage.sampled_at).total_seconds() >= usage_interval
+    # Whichever is later: the node's clock may have been set back.
+    return abs((after.usage.sampled_at - before.usage.sampled_at).total_seconds()) >= usage_interval
 
 
 def merge_patch(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

@@ -37,13 +37,32 @@ DEFAULT_STATUS: Raw = {
 
 @dataclass
 class Clock:
-    now: datetime = EPOCH
+    """The operator's. `ahead`: how far it was set to another time; a node's has its own."""
+
+    ticks: float = 0.0
+    ahead: float = 0.0
+
+    @property
+    def now(self) -> datetime:
+        return EPOCH + timedelta(seconds=self.ticks + self.ahead)
 
     def __call__(self) -> datetime:
         return self.now
 
+    def monotonic(self) -> float:
+        return self.ticks
+
     def advance(self, seconds: float) -> None:
-        self.now += timedelta(seconds=seconds)
+        self.ticks += seconds
+
+
+@dataclass
+class NodeClock:
+    of: Clock
+    ahead: float = 0.0
+
+    def __call__(self) -> datetime:
+        return EPOCH + timedelta(seconds=self.of.ticks + self.ahead)
 
 
 class FakeKube:
@@ -223,7 +242,7 @@ class FakeStore:
 class FakeShim:
     """ports.ShimPort, as docs/contract.md has it. `faults[method]`: "before", "after" (reply lost), "none"."""
 
-    clock: Clock
+    clock: NodeClock
     calls: list[str] = field(default_factory=list)
     records: dict[str, node_pb2.SandboxRecord] = field(default_factory=dict)
     fences: dict[str, int] = field(default_factory=dict)
@@ -356,7 +375,7 @@ class FakeNodes:
 
     def __init__(self, clock: Clock, *names: str) -> None:
         self.clock = clock
-        self.shims = {name: FakeShim(clock) for name in names}
+        self.shims = {name: FakeShim(NodeClock(clock)) for name in names}
         self._views = {
             name: NodeView(
                 name=name,
@@ -458,6 +477,7 @@ class World:
             self.recorder,
             None,
             self.clock,
+            monotonic=self.clock.monotonic,
             **options,
         )
 

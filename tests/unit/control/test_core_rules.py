@@ -87,6 +87,15 @@ def see(
     )
 
 
+def condition(type_: str, value: str, reason: str, *, ago: float = 0, generation: int = 1) -> dict[str, Any]:
+    at = (NOW - timedelta(seconds=ago)).isoformat()
+    words = {"type": type_, "status": value, "reason": reason, "lastTransitionTime": at}
+    return {**words, "observedGeneration": generation}
+
+
+# The deadline is over: said, and not more.
+OVER = status(startedAt=NOW.isoformat(), conditions=[condition("Ready", "False", "DeadlineExceeded")])
+
 STOPPED = {"desiredState": "Stopped"}
 PAUSED = {"desiredState": "Paused"}
 RUNNING = record(S.STATE_RUNNING)
@@ -147,6 +156,12 @@ ROWS: list[tuple[Observation, Callable[[Observation], bool], str, Verdict, type[
     ),
     (
         see(record=record(S.STATE_EXITED, exit=(143, "Stopped"), ran=60), spec={"activeDeadlineSeconds": 60}),
+        r.ended_unrecorded, "DeadlineExceeded", Verdict.FAILED, Rest,
+    ),
+    (
+        see(
+            record=record(S.STATE_EXITED, exit=(143, "Stopped")), spec={"activeDeadlineSeconds": 60}, status=OVER
+        ),
         r.ended_unrecorded, "DeadlineExceeded", Verdict.FAILED, Rest,
     ),
     (
@@ -240,6 +255,10 @@ ROWS: list[tuple[Observation, Callable[[Observation], bool], str, Verdict, type[
     (see(record=record(S.STATE_CREATED)), r.not_started, "Starting", Verdict.PROGRESSING, Start),
     (
         see(record=record(S.STATE_RUNNING, ran=61), spec={"activeDeadlineSeconds": 60}),
+        r.past_deadline_unsaid, "DeadlineExceeded", Verdict.PROGRESSING, Rest,
+    ),
+    (
+        see(record=RUNNING, spec={"activeDeadlineSeconds": 60}, status=OVER),
         r.past_deadline, "DeadlineExceeded", Verdict.PROGRESSING, Stop,
     ),
     (see(record=RUNNING, spec=PAUSED), r.pause_wanted, "Pausing", Verdict.PROGRESSING, Pause),

@@ -18,6 +18,7 @@ from sandkeeper.wire import node_pb2
 
 NODES = ("n1", "n2")
 METHODS = ("create", "start", "stop", "shutdown", "status", "pause", "resume")
+HOUR = 3600.0
 POLICY = {"recreate": "OnFailure", "limit": 3, "backoffSeconds": 1}
 
 
@@ -27,10 +28,13 @@ class Life(RuleBasedStateMachine):
     world: World
     key: Key
 
-    @initialize(policy=st.booleans())
-    def begin(self, policy: bool) -> None:
+    @initialize(policy=st.booleans(), deadline=st.booleans())
+    def begin(self, policy: bool, deadline: bool) -> None:
         self.world = World(*NODES)
-        self.key = self.world.kube.create(spec={**SPEC, **({"failurePolicy": POLICY} if policy else {})})
+        spec = {**SPEC, **({"failurePolicy": POLICY} if policy else {})}
+        self.key = self.world.kube.create(
+            spec={**spec, **({"activeDeadlineSeconds": 50} if deadline else {})}
+        )
         # The second operator's cache lags.
         self.lagging = FakeStore(self.world.kube)
         self.lagging.freeze()
@@ -122,6 +126,11 @@ class Life(RuleBasedStateMachine):
     def time_passes(self, seconds: int) -> None:
         self.world.clock.advance(seconds)
 
+    @rule(whose=st.sampled_from(["operator", *NODES]), seconds=st.sampled_from([HOUR, -HOUR]))
+    def clock_is_set(self, whose: str, seconds: float) -> None:
+        clock = self.world.clock if whose == "operator" else self.world.nodes.shims[whose].clock
+        clock.ahead += seconds
+
     @invariant()
     def never_two(self) -> None:
         if not hasattr(self, "world"):
@@ -146,7 +155,7 @@ class Life(RuleBasedStateMachine):
             wait = await world.settle(key)
             if wait is None:
                 break
-            world.clock.advance(min(wait, 60))
+            world.clock.advance(wait)
         else:
             raise AssertionError("asks for another look forever")
         before = world.effects()
