@@ -79,6 +79,8 @@ class ApiServer:
         self.folder = folder
         self.processes = processes
         self.kubeconfig = folder / "kubeconfig"
+        # Of kube-apiserver, beside ours; set before `start`.
+        self.flags: tuple[str, ...] = ()
         self._tools: dict[str, binaries.Found] | None = None
 
     @property
@@ -139,6 +141,7 @@ class ApiServer:
                 "--endpoint-reconciler-type=none",
                 "--allow-privileged=true",
                 "--profiling=false",
+                *self.flags,
             ],
             env={"PATH": os.defpath},
             tied=tied,

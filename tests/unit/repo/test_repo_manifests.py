@@ -1,0 +1,92 @@
+"""manifests/ as text: what needs no cluster. What an API server makes of them: integration/test_installed."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sandkeeper.control.settings import OperatorSettings
+from sandkeeper.shim.settings import ShimSettings
+
+ROOT = Path(__file__).resolve().parents[3]
+MANIFESTS = ROOT / "manifests"
+FILES = sorted(MANIFESTS.rglob("*.yaml"))
+KUSTOMIZATIONS = [path for path in FILES if path.name == "kustomization.yaml"]
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [each for each in yaml.safe_load_all(path.read_text()) if each]
+
+
+def objects(kind: str) -> list[dict[str, Any]]:
+    return [each for path in FILES for each in documents(path) if each.get("kind") == kind]
+
+
+def words(value: Any) -> list[str]:
+    """Every string in a document, keys as well."""
+    if isinstance(value, dict):
+        return [word for key, each in value.items() for word in (*words(key), *words(each))]
+    if isinstance(value, list):
+        return [word for each in value for word in words(each)]
+    return [value] if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(MANIFESTS)))
+def test_it_parses_and_asks_for_nothing_with_a_star(path: Path) -> None:
+    found = documents(path)
+    assert found
+    assert all("apiVersion" in each and "kind" in each for each in found)
+    assert "*" not in words(found)
+
+
+def test_every_file_is_part_of_a_kustomization() -> None:
+    named: set[Path] = set()
+    for path in KUSTOMIZATIONS:
+        for each in documents(path)[0].get("resources", []):
+            target = (path.parent / each).resolve()
+            assert target.exists(), f"{path}: {each}"
+            named.add(target / "kustomization.yaml" if target.is_dir() else target)
+    loose = {path.relative_to(MANIFESTS).parts[0] for path in FILES if path not in named}
+    # argocd's is applied to another program's ConfigMap; overlays and components are what users name.
+    assert loose <= {"argocd", "kustomization.yaml", "overlays", "components"}
+
+
+def test_one_place_says_which_image_runs_and_it_is_this_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    base = documents(MANIFESTS / "base" / "kustomization.yaml")[0]
+    assert base["images"] == [{"name": "sandkeeper", "newTag": version}]
+    assert base["labels"][0]["pairs"]["app.kubernetes.io/version"] == version
+    pods = [
+        each["spec"]["template"]["spec"] for kind in ("Deployment", "DaemonSet") for each in objects(kind)
+    ]
+    assert len(pods) == 2
+    assert {container["image"] for pod in pods for container in pod["containers"]} == {"sandkeeper"}
+
+
+def test_tokens_are_mounted_only_where_they_are_used() -> None:
+    assert all(each["automountServiceAccountToken"] is False for each in objects("ServiceAccount"))
+    mounted = [
+        each["metadata"]["name"]
+        for kind in ("Deployment", "DaemonSet")
+        for each in objects(kind)
+        if each["spec"]["template"]["spec"]["automountServiceAccountToken"]
+    ]
+    assert mounted == ["sandkeeper-operator"]
+
+
+def test_a_shim_has_no_rights() -> None:
+    bindings = objects("ClusterRoleBinding") + objects("RoleBinding")
+    assert {subject["name"] for each in bindings for subject in each["subjects"]} == {"sandkeeper-operator"}
+
+
+def test_settings_in_the_environment_exist() -> None:
+    known = {
+        **{f"SANDKEEPER_OPERATOR_{name.upper()}": name for name in OperatorSettings.model_fields},
+        **{f"SANDKEEPER_SHIM_{name.upper()}": name for name in ShimSettings.model_fields},
+    }
+    used = {word for path in FILES for word in words(documents(path)) if word.startswith("SANDKEEPER_")}
+    assert {word.partition("__")[0] for word in used} <= known.keys()
