@@ -120,7 +120,8 @@ def leaks_of(local: LocalCluster, index: int) -> Leaks:
     """What sandboxes may have left on a node; its shim may live."""
     node = local.nodes[index]
     pid = local.status()[node]
-    return Leaks(local.node_folder(index), local.cgroup_parent(index), () if pid is None else (pid,))
+    ignore = () if pid is None else (pid,)
+    return Leaks(local.node_folder(index), local.cgroup_parent(index), ignore, local.run_folder(index))
 
 
 def condition_of(sandbox: Mapping[str, Any], kind: str) -> dict[str, Any]:

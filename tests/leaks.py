@@ -23,11 +23,13 @@ class Leaks:
 
     root: the folder that holds their state and run directories.
     ignore: pids that may live, such as a shim's; this process always may.
+    run: the run directory, where it is not below `root`.
     """
 
     root: Path
     cgroup_parent: str
     ignore: Collection[int] = field(default=())
+    run: Path | None = None
 
     def found(self) -> list[str]:
         """One line for each thing left, empty where nothing is."""
@@ -47,9 +49,9 @@ class Leaks:
         return pid == os.getpid() or pid in self.ignore
 
     def _processes(self) -> Iterator[str]:
-        """Those that name the folder in their command or environment, or are in the cgroup; and our
+        """Those that name a folder in their command or environment, or are in the cgroup; and our
         own children that nobody has waited for. A zombie of another parent is that parent's."""
-        folder, cgroup = os.fsencode(self.root), f":/{self.cgroup_parent}/"
+        folders, cgroup = [os.fsencode(each) for each in self._roots()], f":/{self.cgroup_parent}/"
         for pid in _pids():
             if self._may_live(pid):
                 continue
@@ -60,22 +62,21 @@ class Leaks:
                         yield f"zombie {pid} ({name})"
                     continue
                 words = Path(f"/proc/{pid}/cmdline").read_bytes()
-                belongs = (
-                    folder in words
-                    or folder in Path(f"/proc/{pid}/environ").read_bytes()
-                    or any(cgroup in line for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines())
+                named = words + Path(f"/proc/{pid}/environ").read_bytes()
+                belongs = any(folder in named for folder in folders) or any(
+                    cgroup in line for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()
                 )
                 if belongs:
                     yield f"process {pid}: {words.replace(bytes(1), b' ').decode(errors='replace')[:120]}"
 
     def _mounts(self) -> Iterator[str]:
         """In every mount namespace that any thread of this machine is in."""
-        prefix = f"{self.root}/"
+        prefixes = tuple(f"{each}/" for each in self._roots())
         for owner, text in _mount_tables():
             for line in text.splitlines():
                 left, _, right = line.partition(" - ")
                 target = left.split()[4]
-                if target.startswith(prefix):
+                if target.startswith(prefixes):
                     yield f"mount {target} ({right.split()[0]}, as {owner} sees it)"
 
     def _cgroups(self) -> Iterator[str]:
@@ -88,10 +89,13 @@ class Leaks:
     def _folders(self) -> Iterator[str]:
         """A sandbox's folder is in one named `sandboxes`, the engine's and the records' alike."""
         for pattern in ("sandboxes", "*/sandboxes", "*/*/sandboxes", "*/*/*/sandboxes"):
-            for folder in self.root.glob(pattern):
+            for folder in {found for root in self._roots() for found in root.glob(pattern)}:
                 with contextlib.suppress(OSError):
                     for each in folder.iterdir():
                         yield f"folder {each}"
+
+    def _roots(self) -> list[Path]:
+        return [self.root] if self.run is None else [self.root, self.run]
 
 
 def _pids() -> list[int]:

@@ -110,8 +110,9 @@ def records(trial: Trial, name: str) -> Path:
     return state_of(trial) / "sandboxes" / sandbox_id(trial, name)
 
 
-def engines(trial: Trial, name: str) -> Path:
-    return state_of(trial) / "oci" / "sandboxes" / sandbox_id(trial, name)
+def engines(trial: Trial, name: str) -> list[Path]:
+    roots = (state_of(trial), trial.network.local.run_folder(0))
+    return [root / "oci" / "sandboxes" / sandbox_id(trial, name) for root in roots]
 
 
 def state_of(trial: Trial) -> Path:
@@ -186,13 +187,13 @@ def test_an_exit_that_nothing_but_the_damaged_record_knew_is_told_as_lost(trial:
 
 
 ENGINE_FILES = (
-    "process.json",
     "prepared.json",
-    "containers/main/image.json",
-    "containers/main/0/started.json",
-    "containers/main/0/config.json",
-    "containers/main/0/pid",
-    "containers/main/0/conmon.pid",
+    "starting",
+    "process.json",
+    "main.0/started.json",
+    "main.0/config.json",
+    "main.0/pid",
+    "main.0/conmon.pid",
 )
 
 
@@ -212,7 +213,7 @@ def test_what_the_engine_noted_is_found_again_in_the_kernel(trial: Trial, damage
     runs_before = {name: run_of(local, body) for name, body in before.items()}
     local.kill_shim(0)
     for name, file in files.items():
-        spoil(engines(trial, name) / file)
+        spoil(next(folder / file for folder in engines(trial, name) if (folder / file).exists()))
     local.start_shim(0)
     oracle = trial.oracle()
     oracle.until(dict.fromkeys(files, RUNNING))

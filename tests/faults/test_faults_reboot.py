@@ -65,7 +65,7 @@ def running(body: Object) -> bool:
 
 def restart(local: LocalCluster, *, spared: frozenset[int] = frozenset(), **start: Any) -> None:
     """The shim's own process is killed already."""
-    reboot.power_off(local.cgroup_parent(0), local.node_folder(0) / "run", spared)
+    reboot.power_off(local.cgroup_parent(0), local.run_folder(0), spared)
     boot(local, **start)
 
 
@@ -133,7 +133,7 @@ def test_a_pid_that_is_another_processs_now_is_never_signalled(trial: Trial) -> 
     twin = before["twin"]["sandbox"]
     local.kill_shim(0)
     trial.user.delete("deleted")
-    reboot.power_off(local.cgroup_parent(0), local.node_folder(0) / "run", frozenset({twin}))
+    reboot.power_off(local.cgroup_parent(0), local.run_folder(0), frozenset({twin}))
     with contextlib.ExitStack() as stack:
         stack.callback(reboot.kill, twin)
         taken = [*before["strangers"].values(), *before["deleted"].values()]
@@ -201,7 +201,7 @@ def test_the_operator_restarts_with_the_machine(trial: Trial) -> None:
     trial.until("ended", lambda body: "exitedAt" in body["status"])
     local.kill_operator()
     local.kill_shim(0)
-    reboot.power_off(local.cgroup_parent(0), local.node_folder(0) / "run")
+    reboot.power_off(local.cgroup_parent(0), local.run_folder(0))
     local.start_operator(ready=False)
     boot(local)
     local.start_operator()

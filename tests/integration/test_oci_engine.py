@@ -236,7 +236,7 @@ async def test_an_exit_without_a_monitor_is_lost(make: Make) -> None:
 
 
 def monitor_of(box: Box) -> int:
-    found = list(Path(box.engine._options.root_dir).glob(f"sandboxes/{box.id}/containers/main/0/conmon.pid"))
+    found = list(Path(box.engine._options.run_root).glob(f"sandboxes/{box.id}/main.0/conmon.pid"))
     return int(found[0].read_text())
 
 
@@ -656,7 +656,7 @@ async def test_logs_are_bounded(make: Make, folder: Path) -> None:
         container("i=0; while test $i -lt 6000; do i=$((i+1)); echo line $i is quite a long one; done")
     )
     await box.run()
-    files = list((folder / "state").glob(f"oci/sandboxes/{box.id}/containers/main/*/log*"))
+    files = list((folder / "state").glob(f"oci/sandboxes/{box.id}/main.*/log*"))
     assert 0 < sum(each.stat().st_size for each in files) <= LOG_BYTES
     assert (await box.output()).endswith("line 6000 is quite a long one\n")
 

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import sys
 import time
 import urllib.error
@@ -33,6 +34,8 @@ OPERATOR = "operator"
 OFFLINE_IMAGE = "docker.io/library/busybox:1.37"
 READY_TIMEOUT = 60.0
 _POLL = 0.05
+_MEMORY = (Path("/run"), Path("/dev/shm"))  # noqa: S108
+"""Where a node's run_dir may be, as on a real node: in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,8 @@ class Plan:
     shim_env: dict[str, str] = field(default_factory=dict)
     operator_env: dict[str, str] = field(default_factory=dict)
     tied: bool = False
+    # Above the nodes' run_dirs; empty: these are beside their state_dirs.
+    run_root: str = ""
 
 
 class LocalCluster:
@@ -77,7 +82,7 @@ class LocalCluster:
         """
         say = say or (lambda _line: None)
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._must_be_ours()
+        _must_be_ours(self.folder)
         if not self._plan_file.exists():
             ports = free_ports(shims + 1)
             plan = Plan(
@@ -88,6 +93,7 @@ class LocalCluster:
                 shim_env=dict(shim_env or {}),
                 operator_env=dict(operator_env or {}),
                 tied=tied,
+                run_root=self._in_memory() if engine == "oci" else "",
             )
             self._plan_file.write_text(json.dumps(asdict(plan)))
         say("etcd and kube-apiserver are starting")
@@ -127,6 +133,8 @@ class LocalCluster:
                 self.processes.stop(name)
                 self._remove_cgroups(index)
             self.api.stop()
+        if self.plan.run_root:
+            shutil.rmtree(self.plan.run_root, ignore_errors=True)
         if delete:
             shutil.rmtree(self.folder)
 
@@ -176,11 +184,19 @@ class LocalCluster:
         """Below it is all that a node has on disk, as if each were a machine. Short: sockets lie there."""
         return self.folder / f"n{index + 1}"
 
+    def run_folder(self, index: int) -> Path:
+        """What a node has in memory. Its machine's restart takes it."""
+        root = self.plan.run_root
+        return Path(root) / f"n{index + 1}" if root else self.node_folder(index) / "run"
+
     def cgroup_parent(self, index: int) -> str:
         """One per node and cluster: a shim removes, at its start, every sandbox below its parent that it has no
         record of, and other nodes' sandboxes are on this machine as well."""
-        cluster = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:10]
-        return f"sandkeeper-{cluster}-{index + 1}"
+        return f"{self._own_name}-{index + 1}"
+
+    @property
+    def _own_name(self) -> str:
+        return f"sandkeeper-{hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:10]}"
 
     def shim(self, index: int) -> ShimCalls:
         """Calls to one shim, without the operator."""
@@ -219,7 +235,7 @@ class LocalCluster:
         env = {
             "NODE_NAME": name,
             "STATE_DIR": str(node / "state"),
-            "RUN_DIR": str(node / "run"),
+            "RUN_DIR": str(self.run_folder(index)),
             "LISTEN": f"127.0.0.1:{plan.shim_ports[index]}",
             "TLS_CA": str(files.ca),
             "TLS_CERT": str(files.cert),
@@ -229,7 +245,10 @@ class LocalCluster:
         if plan.engine == "oci":
             env["OCI__IMAGE_LAYOUTS"] = json.dumps([str(self._image_layout())])
             env["OCI__CGROUP_PARENT"] = self.cgroup_parent(index)
-        for folder in (node / "state", node / "run"):
+        if plan.run_root:
+            Path(plan.run_root).mkdir(mode=0o700, exist_ok=True)
+            _must_be_ours(Path(plan.run_root))
+        for folder in (node / "state", self.run_folder(index)):
             folder.mkdir(parents=True, exist_ok=True)
         self._spawn(name, "shim", "SANDKEEPER_SHIM_", {**env, **plan.shim_env, **(more or {})}, under)
 
@@ -307,11 +326,9 @@ class LocalCluster:
 
     # Parts of the above
 
-    def _must_be_ours(self) -> None:
-        """Its default lies in the temporary folder, where anybody may have made it. Raises PermissionError."""
-        found = self.folder.stat()
-        if found.st_uid != os.getuid() or found.st_mode & 0o022:
-            raise PermissionError(f"{self.folder} must belong to this user and be writable by nobody else")
+    def _in_memory(self) -> str:
+        found = memory(Path("/proc/self/mounts").read_text())
+        return str(found / self._own_name) if found else ""
 
     @property
     def _plan_file(self) -> Path:
@@ -363,3 +380,19 @@ class LocalCluster:
             for name, port in zip(self.nodes, self.plan.shim_ports, strict=True)
         ]
         return json.dumps({"apiVersion": "v1", "kind": "List", "items": items})
+
+
+def memory(mounts: str, places: Sequence[Path] = _MEMORY) -> Path | None:
+    """The first place that is a tmpfs and can be written to. mounts: as /proc/self/mounts has them."""
+    # Of several at one place the last is seen.
+    kinds = {words[1]: words[2] for line in mounts.splitlines() if len(words := line.split()) > 2}
+    return next(
+        (each for each in places if kinds.get(str(each)) == "tmpfs" and os.access(each, os.W_OK)), None
+    )
+
+
+def _must_be_ours(folder: Path) -> None:
+    """It lies where anybody may have made it. Raises PermissionError."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{folder} must be this user's folder and writable by nobody else")

@@ -95,7 +95,7 @@ class ShimSettings(BaseSettings):
     state_dir: Path = Field(Path("/var/lib/sandkeeper"), description="Records and sandboxes; must persist.")
     run_dir: Path = Field(
         Path("/run/sandkeeper"),
-        description="Sockets, and second copies of exits: best not on the disk of state_dir.",
+        description="Sockets, bundles, what tells of processes: in memory (tmpfs), must outlive the shim.",
     )
     socket: Path | None = Field(None, description="Unix socket (mode 0600); default: shim.sock in run_dir.")
     listen: str = Field("", description="host:port to listen on with mutual TLS; empty: unix socket only.")

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from sandkeeper.localcluster.cluster import LocalCluster, Plan
+from sandkeeper.localcluster.cluster import LocalCluster, Plan, memory
 from sandkeeper.localcluster.demo import table
 from sandkeeper.localcluster.watching import Marks, assigned, condition, manifest, ready
 from sandkeeper.shim.settings import OCISettings
 
 
-def planned(folder: Path, ports: tuple[int, ...]) -> LocalCluster:
+def planned(folder: Path, ports: tuple[int, ...], run_root: str | Path = "") -> LocalCluster:
     folder.mkdir()
-    (folder / "cluster.json").write_text(json.dumps(asdict(Plan(engine="oci", shim_ports=ports))))
+    plan = Plan(engine="oci", shim_ports=ports, run_root=str(run_root))
+    (folder / "cluster.json").write_text(json.dumps(asdict(plan)))
     return LocalCluster(folder)
 
 
@@ -46,6 +47,28 @@ def test_every_node_of_every_cluster_has_a_cgroup_of_its_own(
         assert parent != OCISettings().cgroup_parent  # a real shim's on the same machine
     again = _spawned(LocalCluster(tmp_path / "a"), 0)
     assert again["SANDKEEPER_SHIM_OCI__CGROUP_PARENT"] == parents[0]
+
+
+def test_what_a_node_has_in_memory_is_where_memory_is(tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("disk", "none", "over", "memory")]
+    for name in ("disk", "over", "memory"):
+        (tmp_path / name).mkdir()
+    kinds = [("disk", "ext4"), ("over", "tmpfs"), ("over", "ext4"), ("none", "tmpfs"), ("memory", "tmpfs")]
+    mounts = "".join(f"source {tmp_path / name} {kind} rw 0 0\n" for name, kind in kinds)
+    assert memory(mounts, places) == tmp_path / "memory"
+    assert memory(mounts, places[:2]) is None
+
+
+def test_a_nodes_run_folder_is_its_clusters_own(tmp_path: Path) -> None:
+    clusters = [planned(tmp_path / name, (1, 2), run_root=tmp_path / "m" / name) for name in ("a", "b")]
+    (tmp_path / "m").mkdir()
+    environments = [_spawned(cluster, index) for cluster in clusters for index in (0, 1)]
+    folders = [Path(env["SANDKEEPER_SHIM_RUN_DIR"]) for env in environments]
+    assert folders == [tmp_path / "m" / name / node for name in ("a", "b") for node in ("n1", "n2")]
+    assert all(folder.is_dir() and folder.parent.stat().st_mode & 0o777 == 0o700 for folder in folders)
+    (tmp_path / "m" / "a").chmod(0o777)
+    with pytest.raises(PermissionError):
+        _spawned(clusters[0], 0)
 
 
 def _spawned(cluster: LocalCluster, index: int) -> dict[str, str]:

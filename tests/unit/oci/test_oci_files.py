@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from pathlib import Path
 
@@ -38,8 +37,9 @@ BAD_NAMES = [
 
 @pytest.fixture
 def sandbox(tmp_path: Path) -> SandboxFolder:
-    folder = SandboxFolder.under(tmp_path, "u-1")
-    folder.path.mkdir(parents=True)
+    folder = SandboxFolder.under(tmp_path, tmp_path / "run", "u-1")
+    for each in (folder.path, folder.run):
+        each.mkdir(parents=True)
     return folder
 
 
@@ -49,7 +49,7 @@ def sandbox(tmp_path: Path) -> SandboxFolder:
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_name_that_is_no_safe_file_name_makes_no_path(sandbox: SandboxFolder, name: str) -> None:
     for field, make in (
-        ("sandbox_id", lambda: SandboxFolder.under(sandbox.path, name)),
+        ("sandbox_id", lambda: SandboxFolder.under(sandbox.path, sandbox.run, name)),
         ("containers", lambda: sandbox.container(name)),
         ("volumes", lambda: sandbox.volume(name)),
     ):
@@ -58,43 +58,59 @@ def test_a_name_that_is_no_safe_file_name_makes_no_path(sandbox: SandboxFolder, 
         assert caught.value.reason == "InvalidConfig"
 
 
-def test_all_paths_of_an_attempt_are_in_its_folder(sandbox: SandboxFolder, tmp_path: Path) -> None:
+def test_what_must_outlive_the_machines_restart_is_on_disk_and_all_else_in_memory(
+    sandbox: SandboxFolder, tmp_path: Path
+) -> None:
     attempt = sandbox.container("main").attempt(3)
-    assert attempt.path == tmp_path / "sandboxes" / "u-1" / "containers" / "main" / "3"
+    assert attempt.path == tmp_path / "sandboxes" / "u-1" / "main.3"
+    assert attempt.run == tmp_path / "run" / "sandboxes" / "u-1" / "main.3"
     assert attempt.runtime_id == "u-1.main.3"
-    for name in ("rootfs", "upper", "work", "config", "subpaths", "pid_file", "monitor_pid_file", "started",
-                 "exit_file", "oom_file", "log"):  # fmt: skip
+    for name in ("upper", "work", "exit_file", "log"):
         assert getattr(attempt, name).is_relative_to(attempt.path), name
-    for name in ("prepared", "process", "exit", "killed", "runtime_root", "etc"):
+    for name in ("rootfs", "config", "subpaths", "pid_file", "monitor_pid_file", "started", "exit_copy",
+                 "oom_file"):  # fmt: skip
+        assert getattr(attempt, name).is_relative_to(attempt.run), name
+    for name in ("prepared", "starting", "volumes"):
         assert getattr(sandbox, name).is_relative_to(sandbox.path), name
+    for name in ("process", "exit", "killed", "runtime_root", "etc"):
+        assert getattr(sandbox, name).is_relative_to(sandbox.run), name
 
 
-def test_attempts_on_disk_come_in_order(sandbox: SandboxFolder) -> None:
-    container = sandbox.container("main")
-    assert container.attempts() == []
-    for name in ("10", "9", "0", "exit", "²", "-1", "image.json"):
-        (container.path / name).mkdir(parents=True)
-    assert [each.attempt for each in container.attempts()] == [0, 9, 10]
-
-
-def test_containers_on_disk_are_those_with_a_name(sandbox: SandboxFolder) -> None:
-    assert sandbox.containers() == []
-    for name in ("main", "side", "lost+found", ".main.json"):
-        (sandbox.path / "containers" / name).mkdir(parents=True)
-    assert [each.name for each in sandbox.containers()] == ["main", "side"]
+def test_attempts_of_which_anything_is_left_come_in_order(sandbox: SandboxFolder) -> None:
+    assert sandbox.attempts() == []
+    for name in (
+        "main.10",
+        "main.9",
+        "main.0",
+        "a.b.1",
+        "main.exit",
+        "main.²",
+        "main.-1",
+        "main",
+        "prepared.json",
+    ):
+        (sandbox.path / name).mkdir()
+    for name in ("main.0", "side.0", ".side.1", "lost+found.1", "etc"):
+        (sandbox.run / name).mkdir()
+    found = [(each.container, each.attempt) for each in sandbox.attempts()]
+    assert found == [("a.b", 1), ("main", 0), ("main", 9), ("main", 10), ("side", 0)]
+    assert [each.attempt for each in sandbox.container("main").attempts()] == [0, 9, 10]
+    assert [each.attempt for each in sandbox.container("b").attempts()] == []
 
 
 def test_what_is_no_sandbox_is_not_listed(sandbox: SandboxFolder, tmp_path: Path) -> None:
     """What is listed and has no record is removed, by its id."""
     for name in ("lost+found", "..x", "a b"):
         (tmp_path / "sandboxes" / name).mkdir()
+        (tmp_path / "run" / "sandboxes" / name).mkdir()
         (tmp_path / "cgroup" / "sandkeeper" / name).mkdir(parents=True)
     (tmp_path / "cgroup" / "sandkeeper" / "u-2").mkdir()
+    (tmp_path / "run" / "sandboxes" / "u-3").mkdir()
     cgroups = Cgroups("sandkeeper", mountinfo=f"1 2 3 / {tmp_path}/cgroup rw - cgroup2 cgroup2 rw")
     cgroups.make_parent()
     # Threads are not needed to look.
-    engine = Containers(Options(tmp_path), cgroups, Seccomp({"defaultAction": "x"}), None)  # type: ignore[arg-type]
-    assert engine.list() == {"u-1", "u-2"}
+    engine = Containers(Options(tmp_path, tmp_path / "run"), cgroups, Seccomp({"defaultAction": "x"}), None)  # type: ignore[arg-type]
+    assert engine.list() == {"u-1", "u-2", "u-3"}
 
 
 # Volumes
@@ -134,7 +150,9 @@ def mount(path: str, name: str = "data", **fields: object) -> pb.VolumeMount:
 def binds(sandbox: SandboxFolder, *mounts: pb.VolumeMount) -> list[tuple[str, str, bool]]:
     container = pb.ContainerConfig(name="main", volume_mounts=mounts)
     found = filesystems.binds(sandbox, sandbox.container("main").attempt(0), container)
-    return [(os.path.relpath(each.source, sandbox.path), each.target, each.read_only) for each in found]
+    roots = (sandbox.etc, sandbox.volumes)
+    assert all(any(Path(each.source).is_relative_to(root) for root in roots) for each in found)
+    return [("/".join(Path(each.source).parts[-2:]), each.target, each.read_only) for each in found]
 
 
 def test_a_container_has_the_sandboxs_own_etc(sandbox: SandboxFolder) -> None:
@@ -185,7 +203,7 @@ def test_a_sub_path_does_not_lead_out_of_its_volume(
     with pytest.raises(EngineError, match=r"volumeMounts\[0\]\.subPath") as caught:
         binds(sandbox, mount("/data", sub_path=sub_path))
     assert caught.value.reason == "InvalidConfig"
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["sandboxes"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["run", "sandboxes"]
 
 
 @pytest.mark.parametrize(

@@ -232,13 +232,13 @@ def inside(path: str) -> None:
 def bound(world: World, sandbox_id: str, container: pb.ContainerConfig) -> None:
     plain = pb.ContainerConfig(name=container.name)
     plain.volume_mounts.extend(each for each in container.volume_mounts if not each.sub_path)
-    sandbox = SandboxFolder.under(world.options.root_dir, sandbox_id)
+    sandbox = SandboxFolder.under(world.options.root_dir, world.options.run_root, sandbox_id)
     attempt = sandbox.container(container.name).attempt(0)
     targets = []
     for bind in filesystems.binds(sandbox, attempt, plain):
         source = posixpath.normpath(bind.source)
         assert source == bind.source
-        assert source.startswith(f"{world.options.root_dir}/sandboxes/{sandbox_id}/")
+        assert source.startswith((f"{sandbox.volumes}/", f"{sandbox.etc}/"))
         if bind.target != "/dev/shm":
             inside(bind.target)
         targets.append(bind.target)
@@ -249,9 +249,9 @@ def bound(world: World, sandbox_id: str, container: pb.ContainerConfig) -> None:
 @given(name=names | paths)
 def test_any_name_is_in_its_folder_or_refused(world: World, name: str) -> None:
     root = world.options.root_dir
-    sandbox = SandboxFolder.under(root, "u-1")
+    sandbox = SandboxFolder.under(root, root / "run", "u-1")
     for make in (
-        lambda: SandboxFolder.under(root, name).path,
+        lambda: SandboxFolder.under(root, root / "run", name).path,
         lambda: sandbox.container(name).attempt(0).exit_file,
         lambda: sandbox.volume(name),
     ):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sandkeeper.shim.engines.oci import logs
-from sandkeeper.shim.engines.oci.folders import ContainerFolder
+from sandkeeper.shim.engines.oci.folders import ContainerFolder, SandboxFolder
 
 AT = b"2026-01-01T00:00:00.000000001+00:00"
 FAST = settings(max_examples=50, deadline=None, derandomize=True, database=None)
@@ -107,7 +107,9 @@ def test_the_last_lines_are_the_outputs_own(pieces: list[bytes], count: int) -> 
 
 @pytest.fixture
 def container(tmp_path: Path) -> ContainerFolder:
-    return ContainerFolder(tmp_path, "u-1", "main")
+    sandbox = SandboxFolder.under(tmp_path, tmp_path / "run", "u-1")
+    sandbox.path.mkdir(parents=True)
+    return sandbox.container("main")
 
 
 def write(container: ContainerFolder, attempt: int, *texts: bytes) -> Path:

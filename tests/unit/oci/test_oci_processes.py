@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from sandkeeper.shim.engines.base import EngineError, RuntimeInfo
-from sandkeeper.shim.engines.oci import exits, monitor, processes, runtimes, sessions, tools
+from sandkeeper.shim.engines.oci import exits, monitor, notes, processes, runtimes, sessions, tools
 from sandkeeper.shim.engines.oci.cgroups import Cgroups
-from sandkeeper.shim.engines.oci.containers import Started, read_started
 from sandkeeper.shim.engines.oci.folders import AttemptFolder, SandboxFolder
+from sandkeeper.shim.engines.oci.notes import Started, read_started
 from sandkeeper.shim.engines.oci.options import Options
 from sandkeeper.shim.engines.oci.processes import ProcessRef, boot_id, read_json, write_json
 from sandkeeper.shim.settings import OCISettings, ShimSettings
@@ -249,16 +249,17 @@ def test_an_answer_is_read_to_the_end_of_its_line_or_of_the_stream() -> None:
 
 @pytest.fixture
 def sandbox(tmp_path: Path) -> SandboxFolder:
-    folder = SandboxFolder.under(tmp_path, "u-1")
-    folder.path.mkdir(parents=True)
+    folder = SandboxFolder.under(tmp_path, tmp_path / "run", "u-1")
+    for each in (folder.path, folder.run):
+        each.mkdir(parents=True)
     return folder
 
 
 @pytest.fixture
 def attempt(sandbox: SandboxFolder) -> AttemptFolder:
     folder = sandbox.container("main").attempt(0)
-    folder.exit_file.parent.mkdir(parents=True)
-    folder.oom_file.parent.mkdir()
+    for each in (folder.path, folder.run):
+        each.mkdir(parents=True)
     return folder
 
 
@@ -331,13 +332,12 @@ def test_conmons_exit_file_is_read_when_it_is_whole(attempt: AttemptFolder, cgro
 
 @pytest.mark.parametrize("spoilt", [None, "", "x"])
 def test_an_exit_that_the_full_disk_did_not_take_is_read_from_its_copy(
-    attempt: AttemptFolder, cgroups: Cgroups, tmp_path: Path, spoilt: str | None
+    attempt: AttemptFolder, cgroups: Cgroups, spoilt: str | None
 ) -> None:
-    """conmon writes to both folders; the second may be a link to another file system, empty after a reboot."""
-    attempt.persist.rmdir()
-    attempt.persist.symlink_to(tmp_path / "run")
+    """conmon writes to both folders; the second is empty, or not there, after a restart of the machine."""
+    attempt.run.rmdir()
     assert exits.read(attempt, cgroups) is None
-    (tmp_path / "run").mkdir()
+    attempt.run.mkdir()
     assert exits.read(attempt, cgroups) is None
     if spoilt is not None:
         attempt.exit_file.write_text(spoilt)
@@ -390,6 +390,37 @@ def test_the_sandbox_process_ends_by_our_signal_or_is_lost(
 def test_a_sandbox_that_was_removed_was_killed(sandbox: SandboxFolder) -> None:
     sandbox.path.rmdir()
     assert exits.of_sandbox(sandbox, EARLIER).signal == signal.SIGKILL
+
+
+def test_what_was_started_in_an_earlier_boot_is_known_without_what_was_in_memory(
+    sandbox: SandboxFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes.write_prepared(sandbox, "crun", {})
+    notes.begin(sandbox)
+    notes.begin(sandbox)
+    assert sandbox.starting.samefile(sandbox.prepared)
+    assert not notes.of_earlier_boot(sandbox)
+    monkeypatch.setattr(notes, "boot_id", lambda: "another")
+    assert notes.of_earlier_boot(sandbox)
+
+
+def test_what_was_prepared_in_an_earlier_boot_and_started_in_this_is_of_this(
+    sandbox: SandboxFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes.write_prepared(sandbox, "crun", {})
+    monkeypatch.setattr(notes, "boot_id", lambda: "another")
+    assert not notes.of_earlier_boot(sandbox)
+    notes.begin(sandbox)
+    assert not notes.of_earlier_boot(sandbox)
+    assert notes.read_runtime(sandbox) == "crun"
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"boot": 7}', None])
+def test_a_damaged_note_says_nothing_of_the_boot(sandbox: SandboxFolder, damage: str | None) -> None:
+    """Then processes are looked for among those that run."""
+    if damage is not None:
+        sandbox.starting.write_text(damage)
+    assert not notes.of_earlier_boot(sandbox)
 
 
 # What programs say

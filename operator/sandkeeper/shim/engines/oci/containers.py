@@ -14,15 +14,15 @@ import shutil
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sandkeeper.shim.engines.base import EngineError
-from sandkeeper.shim.engines.oci import exits, filesystems, monitor, pause, rootfs, spec, tools
+from sandkeeper.shim.engines.oci import exits, filesystems, monitor, notes, pause, rootfs, spec, tools
 from sandkeeper.shim.engines.oci.cgroups import Cgroups
-from sandkeeper.shim.engines.oci.folders import AttemptFolder, ContainerFolder, SandboxFolder
-from sandkeeper.shim.engines.oci.images.types import Image, ImageConfig
+from sandkeeper.shim.engines.oci.folders import AttemptFolder, SandboxFolder
+from sandkeeper.shim.engines.oci.images.types import Image
+from sandkeeper.shim.engines.oci.notes import Started
 from sandkeeper.shim.engines.oci.options import Options
 from sandkeeper.shim.engines.oci.processes import ProcessRef, read_json, reap, write_json
 from sandkeeper.shim.engines.oci.seccomp import Seccomp
@@ -32,41 +32,12 @@ from sandkeeper.wire.ids import valid_id
 
 log = logging.getLogger(__name__)
 
+_GONE = ProcessRef(0, 0, "")
+"""A process that is known to have been there, and not to be any more."""
+
 _MONITOR_SECONDS = 3.0
 _LEAST_FREE = 1024 * 1024
-"""Bytes. With less than this on its disk, a start that fails may well have failed for that."""
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """An attempt that was started: its first process, and the conmon that watches it."""
-
-    process: ProcessRef
-    monitor: ProcessRef | None
-
-
-def read_started(folder: AttemptFolder) -> Started | None:
-    """None where the attempt was not started, as far as is recorded."""
-    document = read_json(folder.started)
-    if not document:
-        return None
-    process = ProcessRef.from_json(document.get("process"))
-    return Started(process, ProcessRef.from_json(document.get("monitor"))) if process else None
-
-
-def read_image(folder: ContainerFolder) -> Image | None:
-    """What prepare found for a container; None where it has not been prepared, or that is damaged."""
-    document = read_json(folder.image)
-    if not document:
-        return None
-    try:
-        config: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in document["config"].items()
-        }
-        return Image(document["digest"], Path(document["rootfs"]), ImageConfig(**config))
-    except (KeyError, TypeError, AttributeError):
-        return None
+"""Bytes. With less than this where it writes, a start that fails may well have failed for that."""
 
 
 def container_config(config: node_pb2.SandboxConfig, name: str) -> node_pb2.ContainerConfig:
@@ -84,7 +55,7 @@ class Containers:
         self._threads = threads
 
     def folder(self, sandbox_id: str) -> SandboxFolder:
-        return SandboxFolder.under(self._options.root_dir, sandbox_id)
+        return SandboxFolder.under(self._options.root_dir, self._options.run_root, sandbox_id)
 
     # -- prepare
 
@@ -95,18 +66,20 @@ class Containers:
         folder = self.folder(sandbox_id)
         self.check(sandbox_id, config, images)
         folder.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_json(folder.prepared, {"runtime": runtime})
-        self._cgroups.make(sandbox_id)
-        host_network = config.network == node_pb2.NETWORK_HOST
-        filesystems.make_etc(folder, spec.host_name(sandbox_id, config), host_network=host_network)
-        filesystems.make_volumes(folder, config, self._options)
+        notes.write_prepared(folder, runtime, images)
+        self._make(folder, config)
         for container in config.containers:
-            image, below = images[container.name], folder.container(container.name)
-            below.path.mkdir(parents=True, exist_ok=True)
-            write_json(below.image, _image_json(image))
-            if below.attempt(0).started.exists():
-                continue
-            filesystems.make_attempt(below.attempt(0), str(image.rootfs))
+            first = folder.container(container.name).attempt(0)
+            if not first.started.exists():
+                filesystems.make_attempt(first, str(images[container.name].rootfs))
+
+    def _make(self, folder: SandboxFolder, config: node_pb2.SandboxConfig) -> None:
+        """What a restart of the machine takes."""
+        folder.run.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._cgroups.make(folder.sandbox_id)
+        host_network = config.network == node_pb2.NETWORK_HOST
+        filesystems.make_etc(folder, spec.host_name(folder.sandbox_id, config), host_network=host_network)
+        filesystems.make_volumes(folder, config, self._options)
 
     def check(
         self, sandbox_id: str, config: node_pb2.SandboxConfig, images: Mapping[str, Image]
@@ -167,7 +140,9 @@ class Containers:
             raise EngineError("StartError", "the sandbox process has ended")
         if not folder.prepared.exists():
             raise EngineError("StartError", "the sandbox is not prepared", retryable=True)
-        folder.starting.touch()
+        if not folder.etc.exists():
+            self._make(folder, config)
+        notes.begin(folder)
         ref = self._threads.apart(
             lambda: pause.start(
                 shutil.which(self._options.catatonit, path=tools.ENVIRONMENT["PATH"])
@@ -189,12 +164,14 @@ class Containers:
         recorded = ProcessRef.from_json(document)
         if recorded is not None or not folder.starting.exists():
             return recorded
+        if notes.of_earlier_boot(folder):
+            return _GONE
         found = next(iter(pause.find(self._options.root_dir, folder.sandbox_id)), None)
         if found is not None:
             with contextlib.suppress(OSError):
                 write_json(folder.process, found.to_json())
             return found
-        return None if document is None else ProcessRef(0, 0, "")
+        return None if document is None else _GONE
 
     # -- containers
 
@@ -206,8 +183,8 @@ class Containers:
         try:
             return self._start_container(self.folder(sandbox_id), config, name, attempt, runtime)
         except EngineError as error:
-            found = os.statvfs(self._options.root_dir)
-            if found.f_bavail * found.f_frsize >= _LEAST_FREE:
+            free = [os.statvfs(each) for each in (self._options.root_dir, self._options.run_root)]
+            if all(each.f_bavail * each.f_frsize >= _LEAST_FREE for each in free):
                 raise
             # Whatever the runtime says, the container is not to blame.
             raise EngineError("NodeError", f"no space left: {error.message}", retryable=True) from error
@@ -223,7 +200,7 @@ class Containers:
         started = self._half_made(sandbox, folder, runtime)
         if started is not None:
             return started.process.pid
-        image = read_image(below)
+        image = notes.read_image(sandbox, name)
         if image is None:
             raise EngineError("StartError", "the sandbox is not prepared", retryable=True)
         for older in below.attempts():
@@ -235,7 +212,6 @@ class Containers:
         binds = filesystems.binds(sandbox, folder, container)
         document = self._spec(sandbox, config, container, image, process.pid, binds)
         folder.config.write_text(json.dumps(document))
-        self._link_persist(folder)
         built = time.perf_counter()
         try:
             pid = monitor.create(
@@ -263,18 +239,6 @@ class Containers:
         )
         return pid
 
-    def _link_persist(self, folder: AttemptFolder) -> None:
-        if self._options.run_dir is None:
-            return
-        place = self._options.run_dir / folder.sandbox_id / folder.runtime_id
-        place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not folder.persist.is_symlink():
-            folder.persist.symlink_to(place)
-
-    def _discard_persist(self, sandbox_id: str, runtime_id: str = "") -> None:
-        if self._options.run_dir is not None:
-            _discard(self._options.run_dir / sandbox_id / runtime_id)
-
     def _record(self, folder: AttemptFolder, process: ProcessRef) -> Started:
         watching = monitor.find(folder)
         started = Started(process, watching)
@@ -287,18 +251,20 @@ class Containers:
     def started(self, sandbox_id: str, name: str, attempt: int) -> Started | None:
         """An attempt of which it is known that it was started, found again where the note of it is damaged."""
         sandbox = self.folder(sandbox_id)
-        runtime = str((read_json(sandbox.prepared) or {}).get("runtime") or "")
+        runtime = notes.read_runtime(sandbox)
         folder = sandbox.container(name).attempt(attempt)
-        return self._half_made(sandbox, folder, runtime) if runtime else read_started(folder)
+        return self._half_made(sandbox, folder, runtime) if runtime else notes.read_started(folder)
 
     def _half_made(self, sandbox: SandboxFolder, folder: AttemptFolder, runtime: str) -> Started | None:
         """What a killed shim left of an attempt: adopted where its process was started, else cleared away."""
-        started = read_started(folder)
-        if started is not None or not folder.config.exists():
+        started = notes.read_started(folder)
+        if started is not None:
             return started
-        state = self._state(sandbox, folder, runtime)
+        ended = exits.read(folder, self._cgroups) is not None
+        if not ended and not folder.config.exists():
+            return None
         pid = monitor.read_pid(folder.pid_file)
-        if exits.read(folder, self._cgroups) is not None or state == "running":
+        if ended or self._state(sandbox, folder, runtime) == "running":
             return self._record(folder, ProcessRef.of(pid) or ProcessRef(pid, 0, ""))
         self._clear(sandbox, folder, runtime, keep_log=False)
         return None
@@ -335,7 +301,7 @@ class Containers:
             monitor.end(watching, _MONITOR_SECONDS)
         self._cgroups.remove_container(folder.sandbox_id, folder.container)
         filesystems.unmount_attempt(folder)
-        self._discard_persist(folder.sandbox_id, folder.runtime_id)
+        _discard(folder.run)
         for each in folder.path.iterdir() if folder.path.exists() else ():
             if keep_log and each.name == folder.log.name:
                 continue
@@ -348,11 +314,9 @@ class Containers:
     def remove(self, sandbox_id: str) -> None:
         """Leaves nothing. Raises EngineError `RemoveFailed` where something does not go."""
         folder = self.folder(sandbox_id)
-        if not folder.path.exists() and not self._cgroups.exists(sandbox_id):
-            self._discard_persist(sandbox_id)
+        if not any((folder.path.exists(), folder.run.exists(), self._cgroups.exists(sandbox_id))):
             return
-        attempts = [attempt for container in folder.containers() for attempt in container.attempts()]
-        watching = [ref for attempt in attempts if (ref := monitor.find(attempt)) is not None]
+        watching = [ref for attempt in folder.attempts() if (ref := monitor.find(attempt)) is not None]
         self._cgroups.kill(sandbox_id)
         for ref in watching:
             monitor.end(ref, _MONITOR_SECONDS)
@@ -361,26 +325,25 @@ class Containers:
         self._end_process(folder)
         filesystems.unmount_all(folder)
         self._cgroups.remove(sandbox_id)
-        self._discard_persist(sandbox_id)
-        _discard(folder.path)
-        if folder.path.exists():
-            raise EngineError("RemoveFailed", f"{folder.path} cannot be removed", retryable=True)
+        for each in (folder.run, folder.path):
+            _discard(each)
+            if each.exists():
+                raise EngineError("RemoveFailed", f"{each} cannot be removed", retryable=True)
 
     def _end_process(self, folder: SandboxFolder) -> None:
         recorded = self.process(folder)
         if recorded is None or not recorded.pid:
             return
         if recorded.alive():
-            note_kill(folder, signal.SIGKILL)
+            notes.note_kill(folder, signal.SIGKILL)
         if recorded.send(signal.SIGKILL) and not recorded.join(5.0):
             raise EngineError("RemoveFailed", f"process {recorded.pid} does not end", retryable=True)
         reap(recorded.pid)
 
     def list(self) -> frozenset[str]:
         """Sandboxes of which anything is left. What has another name (`lost+found`) is not ours."""
-        found = _names(self._options.root_dir / "sandboxes") | self._cgroups.list()
-        if self._options.run_dir is not None:
-            found |= _names(self._options.run_dir)
+        roots = (self._options.root_dir, self._options.run_root)
+        found = self._cgroups.list().union(*(_names(root / "sandboxes") for root in roots))
         return frozenset(filter(valid_id, found))
 
 
@@ -391,12 +354,6 @@ def _names(folder: Path) -> frozenset[str]:
         return frozenset()
 
 
-def note_kill(folder: SandboxFolder, number: int) -> None:
-    """Which signal the sandbox process gets from us. A disk without room for that keeps no process alive."""
-    with contextlib.suppress(OSError):
-        write_json(folder.killed, {"signal": number})
-
-
 def _discard(path: Path) -> None:
     """Removes a folder or file, whatever it is."""
     with contextlib.suppress(FileNotFoundError):
@@ -404,9 +361,3 @@ def _discard(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink()
-
-
-def _image_json(image: Image) -> dict[str, Any]:
-    config = {name: getattr(image.config, name) for name in ImageConfig.__slots__}
-    config["labels"] = dict(config["labels"])
-    return {"digest": image.digest, "rootfs": os.fspath(image.rootfs), "config": config}

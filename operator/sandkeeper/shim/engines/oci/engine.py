@@ -30,6 +30,7 @@ from sandkeeper.shim.engines.oci import (
     exits,
     logs,
     monitor,
+    notes,
     pause,
     runtimes,
     seccomp,
@@ -83,7 +84,8 @@ class OCIEngine(Engine):
         for program in (self._options.conmon, self._options.catatonit):
             if shutil.which(program, path=_path()) is None:
                 raise EngineError("NodeUnsupported", f"{program} is not installed")
-        self._options.root_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for root in (self._options.root_dir, self._options.run_root):
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
         await self._images.open()
         self._cgroups = Cgroups(self._options.cgroup_parent)
         self._cgroups.make_parent()
@@ -126,14 +128,12 @@ class OCIEngine(Engine):
     def _survivor(self) -> int:
         """A process that lives in an earlier shim's mount namespace; 0 where there is none."""
         own = os.readlink("/proc/self/ns/mnt")  # noqa: PTH115 - not a path
-        root = self._options.root_dir / "sandboxes"
+        root = self._options.run_root / "sandboxes"
         for name in sorted(each.name for each in root.iterdir()) if root.exists() else ():
             with contextlib.suppress(EngineError, OSError):
-                folder = SandboxFolder.under(self._options.root_dir, name)
+                folder = SandboxFolder.under(self._options.root_dir, self._options.run_root, name)
                 candidates = [ProcessRef.from_json(read_json(folder.process) or {})]
-                candidates += [
-                    monitor.find(attempt) for each in folder.containers() for attempt in each.attempts()
-                ]
+                candidates += [monitor.find(attempt) for attempt in folder.attempts()]
                 for ref in candidates:
                     if ref is None or not ref.alive():
                         continue
@@ -232,7 +232,7 @@ class OCIEngine(Engine):
                 return ProcessState(pid=process.pid)
             return ProcessState(exit=exits.of_sandbox(folder, process))
         attempt_folder = self._attempt(sandbox_id, container, attempt)
-        started = containers.read_started(attempt_folder)
+        started = notes.read_started(attempt_folder)
         if started is None:
             ended = exits.read(attempt_folder, self._cgroups)
             return ProcessState(exit=ended)
@@ -244,19 +244,21 @@ class OCIEngine(Engine):
         if container == SANDBOX_PROCESS:
             return await asyncio.shield(self._watch(sandbox_id))
         folder = self._attempt(sandbox_id, container, attempt)
-        started = containers.read_started(folder)
+        started = notes.read_started(folder)
         if started is None:
             started = await self._locked(
                 sandbox_id, lambda: self._containers.started(sandbox_id, container, attempt)
             )
         if started is None:
             ended = exits.read(folder, self._cgroups)
+            if ended is None and notes.of_earlier_boot(self._containers.folder(sandbox_id)):
+                return exits.lost(exits.RESTARTED)
             if ended is None:
                 raise EngineError("NotStarted", f"container {container!r} was not started")
             return ended
         return await self._container_exit(folder, started)
 
-    async def _container_exit(self, folder: AttemptFolder, started: containers.Started) -> ProcessExit:
+    async def _container_exit(self, folder: AttemptFolder, started: notes.Started) -> ProcessExit:
         # conmon ends last, after it has written the exit file.
         if started.monitor is not None:
             await started.monitor.ended()
@@ -285,7 +287,7 @@ class OCIEngine(Engine):
 
         def keep() -> ProcessExit:
             ended = exits.of_sandbox(folder, process)
-            if folder.path.exists() and not folder.exit.exists():
+            if folder.run.exists() and not folder.exit.exists():
                 write_json(folder.exit, {"at": ended.exited_at.timestamp()})
             return ended
 
@@ -296,13 +298,13 @@ class OCIEngine(Engine):
         if container == SANDBOX_PROCESS:
             process = self._containers.process(folder)
             if process is not None and process.alive():
-                containers.note_kill(folder, signal)
+                notes.note_kill(folder, signal)
                 process.send(signal)
             if signal == SIGKILL:
                 # It ends the sandbox. What is in pid namespaces of its own does not end with it by itself.
                 await self._locked(sandbox_id, lambda: self._cgroups.kill(sandbox_id))
             return
-        started = containers.read_started(self._attempt(sandbox_id, container, attempt))
+        started = notes.read_started(self._attempt(sandbox_id, container, attempt))
         if started is not None:
             started.process.send(self._stop_signal(folder, container, signal))
             if self._cgroups.is_frozen(sandbox_id):
@@ -314,7 +316,7 @@ class OCIEngine(Engine):
         """SIGTERM becomes the image's StopSignal, where it names one."""
         if number != signal.SIGTERM:
             return number
-        image = containers.read_image(folder.container(container))
+        image = notes.read_image(folder, container)
         name = image.config.stop_signal if image else ""
         if name.isdecimal() and 0 < int(name) <= 64:
             return int(name)
@@ -356,7 +358,7 @@ class OCIEngine(Engine):
         size: tuple[int, int] | None,
     ) -> ExecSession:
         folder = self._attempt(sandbox_id, container, attempt)
-        started = containers.read_started(folder)
+        started = notes.read_started(folder)
         if started is None or not started.process.alive():
             raise EngineError("NotRunning", f"container {container!r} does not run")
         if self._cgroups.is_frozen(sandbox_id):
@@ -364,13 +366,13 @@ class OCIEngine(Engine):
         if not command or not command[0] or any("\0" in each for each in command):
             raise EngineError("InvalidConfig", "command: must not be empty or hold NUL")
         sandbox = self._containers.folder(sandbox_id)
-        runtime = (read_json(sandbox.prepared) or {}).get("runtime", "")
+        runtime = notes.read_runtime(sandbox)
 
         def begin() -> ExecSession:
             process = {**read_json(folder.config)["process"], "args": command, "terminal": tty}
             if tty and size:
                 process["consoleSize"] = {"width": size[0], "height": size[1]}
-            files = Path(tempfile.mkdtemp(prefix="exec-", dir=folder.path))
+            files = Path(tempfile.mkdtemp(prefix="exec-", dir=folder.run))
             write_json(files / "process.json", process)
             argv = [
                 *(runtime, f"--root={sandbox.runtime_root}", "exec", "--pid-file", str(files / "pid")),

@@ -12,6 +12,7 @@ from sandkeeper.shim.engines.oci.folders import AttemptFolder, SandboxFolder
 from sandkeeper.shim.engines.oci.processes import ProcessRef, boot_id, read_json
 
 _LOST_STATUS = 255
+RESTARTED = "the machine was restarted"
 
 
 def decide(code: int, at: datetime, *, out_of_memory: bool) -> ProcessExit:
@@ -35,7 +36,7 @@ def _name(number: int) -> str:
 def read(folder: AttemptFolder, cgroups: Cgroups) -> ProcessExit | None:
     """The exit that conmon recorded; None where it has not, or not whole.
 
-    It is written twice, since the disk may be full: see AttemptFolder.persist.
+    It is written twice, since the disk may be full: see AttemptFolder.exit_copy.
     """
     found = _recorded(folder.exit_file) or _recorded(folder.exit_copy)
     if found is None:
@@ -67,7 +68,7 @@ def of_sandbox(folder: SandboxFolder, process: ProcessRef) -> ProcessExit:
     at = datetime.fromtimestamp(float(recorded.get("at") or _seen(folder.exit)), UTC)
     killed = read_json(folder.killed) or {}
     if process.boot != boot_id():
-        return lost("the machine was restarted", at)
+        return lost(RESTARTED, at)
     if number := int(killed.get("signal") or 0):
         return decide(128 + number, at, out_of_memory=False)
     return lost("the sandbox process was ended by someone else", at)

@@ -23,9 +23,9 @@ def make_attempt(folder: AttemptFolder, image_rootfs: str) -> None:
     """The folders of an attempt and its root, mounted; what is there already is kept."""
     if os.path.ismount(folder.rootfs):
         return
-    folder.path.mkdir(parents=True, exist_ok=True)
-    for each in (folder.rootfs, folder.upper, folder.work):
-        each.mkdir(exist_ok=True)
+    for each in (folder.rootfs, folder.upper):
+        each.mkdir(parents=True, exist_ok=True)
+    folder.work.mkdir(exist_ok=True)
     # The root of the overlay is the upper folder's: with the image's owner and mode.
     found = Path(image_rootfs).stat()
     folder.upper.chmod(found.st_mode & 0o7777)
@@ -122,10 +122,9 @@ def unmount_attempt(folder: AttemptFolder) -> None:
 
 def unmount_all(folder: SandboxFolder) -> None:
     """Everything that is mounted for a sandbox."""
-    for container in folder.containers():
-        for attempt in container.attempts():
-            unmount_attempt(attempt)
-    for volume in _children(folder.path / "volumes"):
+    for attempt in folder.attempts():
+        unmount_attempt(attempt)
+    for volume in _children(folder.volumes):
         unmount(volume)
 
 

@@ -1,4 +1,10 @@
-"""Where the engine keeps what it knows: one folder per sandbox, one per container in it, one per attempt."""
+"""Where the engine keeps what it knows: a folder per sandbox, and in it one per attempt of a container, twice.
+
+On disk (`path`) is what must outlive a restart of the machine, or has no bound that memory could hold: what prepare
+found, volumes, what a container writes, logs, exits. In run_dir (`run`), which is best in memory, is what tells of
+processes, and what can be made anew: bundles, pid files, the runtime's state. An ext4 folder entry costs more than
+all else that is done with such a file.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +17,10 @@ from sandkeeper.wire.ids import valid_id
 
 @dataclass(frozen=True, slots=True)
 class AttemptFolder:
-    """One run of a container; also its OCI bundle."""
+    """One run of a container; `run` is also its OCI bundle."""
 
     path: Path
+    run: Path
     sandbox_id: str
     container: str
     attempt: int
@@ -24,7 +31,7 @@ class AttemptFolder:
 
     @property
     def rootfs(self) -> Path:
-        return self.path / "rootfs"
+        return self.run / "rootfs"
 
     @property
     def upper(self) -> Path:
@@ -36,44 +43,40 @@ class AttemptFolder:
 
     @property
     def config(self) -> Path:
-        return self.path / "config.json"
+        return self.run / "config.json"
 
     @property
     def subpaths(self) -> Path:
-        return self.path / "subpaths"
+        return self.run / "subpaths"
 
     @property
     def pid_file(self) -> Path:
-        return self.path / "pid"
+        return self.run / "pid"
 
     @property
     def monitor_pid_file(self) -> Path:
-        return self.path / "conmon.pid"
+        return self.run / "conmon.pid"
 
     @property
     def started(self) -> Path:
         """Written once the runtime's `start` has succeeded: the process and its monitor."""
-        return self.path / "started.json"
+        return self.run / "started.json"
 
     @property
     def exit_file(self) -> Path:
         """Written by conmon at the end: the exit code."""
-        return self.path / "exit" / self.runtime_id
-
-    @property
-    def persist(self) -> Path:
-        """The second folder that conmon writes to at the end; a link to another file system where there is one."""
-        return self.path / "persist"
+        return self.path / self.runtime_id
 
     @property
     def exit_copy(self) -> Path:
-        """Written by conmon at the end, before `exit_file`: the exit code."""
-        return self.persist / "exit"
+        """Written by conmon at the end, before `exit_file`: the exit code. There is room for it when a sandbox has
+        filled the disk."""
+        return self.run / "exit"
 
     @property
     def oom_file(self) -> Path:
         """Written by conmon when the kernel killed for memory."""
-        return self.persist / "oom"
+        return self.run / "oom"
 
     @property
     def log(self) -> Path:
@@ -82,45 +85,35 @@ class AttemptFolder:
 
 @dataclass(frozen=True, slots=True)
 class ContainerFolder:
-    path: Path
-    sandbox_id: str
+    sandbox: SandboxFolder
     name: str
 
-    @property
-    def image(self) -> Path:
-        """What prepare found: digest, root file system, image configuration."""
-        return self.path / "image.json"
-
     def attempt(self, number: int) -> AttemptFolder:
-        return AttemptFolder(self.path / str(number), self.sandbox_id, self.name, number)
+        name, sandbox = f"{self.name}.{number}", self.sandbox
+        return AttemptFolder(sandbox.path / name, sandbox.run / name, sandbox.sandbox_id, self.name, number)
 
     def attempts(self) -> list[AttemptFolder]:
-        """Those on disk, in order."""
-        try:
-            numbers = sorted(int(each.name) for each in self.path.iterdir() if each.name.isdecimal())
-        except FileNotFoundError:
-            return []
-        return [self.attempt(number) for number in numbers]
+        """Those of which anything is left, in order."""
+        return [each for each in self.sandbox.attempts() if each.container == self.name]
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxFolder:
     path: Path
+    run: Path
     sandbox_id: str
 
     @classmethod
-    def under(cls, root: Path, sandbox_id: str) -> SandboxFolder:
+    def under(cls, root: Path, run_root: Path, sandbox_id: str) -> SandboxFolder:
         """Raises EngineError `InvalidConfig` for an id that is no safe file name."""
-        return cls(root / "sandboxes" / _safe("sandbox_id", sandbox_id), sandbox_id)
+        name = _safe("sandbox_id", sandbox_id)
+        return cls(root / "sandboxes" / name, run_root / "sandboxes" / name, sandbox_id)
 
     @property
     def prepared(self) -> Path:
-        """What remove needs to know: the runtime."""
+        """What prepare found: the runtime, the images by container; and the boot that it was prepared in, or
+        started."""
         return self.path / "prepared.json"
-
-    @property
-    def process(self) -> Path:
-        return self.path / "process.json"
 
     @property
     def starting(self) -> Path:
@@ -128,39 +121,52 @@ class SandboxFolder:
         return self.path / "starting"
 
     @property
+    def process(self) -> Path:
+        return self.run / "process.json"
+
+    @property
     def exit(self) -> Path:
-        return self.path / "exit.json"
+        return self.run / "exit.json"
 
     @property
     def killed(self) -> Path:
         """The signal that was sent to the sandbox process."""
-        return self.path / "killed.json"
+        return self.run / "killed.json"
 
     @property
     def runtime_root(self) -> Path:
         """The runtime's `--root`: what it knows of this sandbox's containers goes with the folder."""
-        return self.path / "runtime"
+        return self.run / "runtime"
 
     @property
     def etc(self) -> Path:
-        return self.path / "etc"
+        return self.run / "etc"
+
+    @property
+    def volumes(self) -> Path:
+        return self.path / "volumes"
 
     def volume(self, name: str) -> Path:
         """Raises EngineError `InvalidConfig`, as `under`."""
-        return self.path / "volumes" / _safe("volumes[].name", name)
+        return self.volumes / _safe("volumes[].name", name)
 
     def container(self, name: str) -> ContainerFolder:
         """Raises EngineError `InvalidConfig`, as `under`."""
-        return ContainerFolder(
-            self.path / "containers" / _safe("containers[].name", name), self.sandbox_id, name
-        )
+        return ContainerFolder(self, _safe("containers[].name", name))
 
-    def containers(self) -> list[ContainerFolder]:
-        try:
-            found = sorted(each.name for each in (self.path / "containers").iterdir())
-        except FileNotFoundError:
-            return []
-        return [self.container(name) for name in found if valid_id(name)]
+    def attempts(self) -> list[AttemptFolder]:
+        """Those of which anything is left, in order."""
+        found = set()
+        for folder in (self.path, self.run):
+            try:
+                names = [each.name for each in folder.iterdir()]
+            except FileNotFoundError:
+                continue
+            for each in names:
+                name, _, number = each.rpartition(".")
+                if number.isdecimal() and valid_id(name):
+                    found.add((name, int(number)))
+        return [self.container(name).attempt(number) for name, number in sorted(found)]
 
 
 def _safe(field: str, name: str) -> str:

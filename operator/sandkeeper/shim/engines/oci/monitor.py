@@ -32,15 +32,13 @@ def create(
 
     Raises EngineError `StartError` with the runtime's words.
     """
-    for each in (folder.exit_file.parent, folder.oom_file.parent):
-        each.mkdir(exist_ok=True)
     argv = [
         *(conmon, "--api-version", "1", "--cid", folder.runtime_id, "--cuuid", folder.runtime_id),
-        *("--name", folder.runtime_id, "--runtime", runtime, "--bundle", str(folder.path)),
+        *("--name", folder.runtime_id, "--runtime", runtime, "--bundle", str(folder.run)),
         *("--container-pidfile", str(folder.pid_file), "--conmon-pidfile", str(folder.monitor_pid_file)),
         *("--exit-dir", str(folder.exit_file.parent), "--persist-dir", str(folder.oom_file.parent)),
         *("--log-path", f"k8s-file:{folder.log}", "--log-size-max", str(log_bytes), "--no-sync-log"),
-        *("--log-level", "error", "--socket-dir-path", str(folder.path), "--full-attach"),
+        *("--log-level", "error", "--socket-dir-path", str(folder.run), "--full-attach"),
         *("--runtime-arg", f"--root={runtime_root}"),
     ]
     sync_read, sync_write = os.pipe()

@@ -18,8 +18,8 @@ class Options:
 
     # The engine's own folder; nothing else may write there.
     root_dir: Path
-    # On another file system than root_dir, so that what conmon has to say of an end has room when a sandbox has
-    # filled that one. None: the same.
+    # What tells of processes; best in memory, and so on another file system than root_dir: what conmon has to say of
+    # an end has room when a sandbox has filled that one. None: in root_dir.
     run_dir: Path | None = None
     # Name -> program of the runtimes to try; a bare name is looked up in PATH.
     runtimes: Mapping[str, str] = field(
@@ -47,6 +47,10 @@ class Options:
     allowed_capabilities: tuple[str, ...] = ()
     allow_host_network: bool = False
     concurrency: int = 32
+
+    @property
+    def run_root(self) -> Path:
+        return self.run_dir or self.root_dir / "run"
 
     @classmethod
     def from_settings(cls, settings: Any) -> Self:
