@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 again := --reruns 1 --rerun-except 'left behind' --rerun-except 'untrue history'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults check bench crds stubs rules lock setup lint unit clean
+.PHONY: help demo test e2e faults check bench crds stubs rules lock setup lint unit clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,7 +39,13 @@ demo: setup ## From kubectl apply to an exit status in the object, on a real API
 	@KEEP=$(KEEP) $(bin)/sandkeeper demo
 
 test: test-setup check ## All tests: unit, then against a real API server with crun and runc
-	@$(py) -m pytest tests --ignore=tests/unit $(again) $(PYTEST_ARGS)
+	@$(py) -m pytest tests --ignore=tests/unit --ignore=tests/e2e $(again) $(PYTEST_ARGS)
+
+# No part of `make test`: it builds kubelet and its like first, a quarter of an hour on 2 cores with an empty cache.
+e2e: test-setup ## A real Kubernetes of one node without Docker (needs root; the first time it builds kubelet)
+	@$(py) -m sandkeeper.localcluster.preflight --install --e2e
+	@$(py) -m sandkeeper.localcluster.binaries --e2e
+	@$(py) -m pytest tests/e2e $(PYTEST_ARGS)
 
 faults: test-setup ## Every fault at every effect, and a table of what held (half an hour)
 	@$(py) -m pytest tests/faults --faults=all $(PYTEST_ARGS)

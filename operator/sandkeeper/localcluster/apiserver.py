@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from sandkeeper.localcluster import binaries, pki
 from sandkeeper.localcluster.processes import Processes
 
 CONTEXT = "sandkeeper-local"
+SERVICE_IP = "10.0.0.1"  # of the service `kubernetes`: the first of the range
+LOOPBACK = "127.0.0.1"
 READY_TIMEOUT = 120.0
 _POLL = 0.05
 
@@ -40,10 +42,18 @@ class Kubectl:
     """kubectl for one kubeconfig."""
 
     def __init__(
-        self, program: Path, kubeconfig: Path, *, context: str = "", cache: Path | None = None
+        self,
+        program: Path,
+        kubeconfig: Path,
+        *,
+        context: str = "",
+        cache: Path | None = None,
+        under: Sequence[str] = (),
     ) -> None:
+        """under: a program that starts it, with arguments."""
         self.kubeconfig = kubeconfig
         self._argv = [
+            *under,
             str(program),
             "--kubeconfig",
             str(kubeconfig),
@@ -75,12 +85,29 @@ class Kubectl:
 class ApiServer:
     """One etcd and one kube-apiserver in `folder`, with our CRDs."""
 
-    def __init__(self, folder: Path, processes: Processes) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        processes: Processes,
+        *,
+        address: str = LOOPBACK,
+        port: int | None = None,
+        flags: Sequence[str] = (),
+        under: Sequence[str] = (),
+    ) -> None:
+        """address: where clients find it; it listens everywhere where that is not loopback.
+
+        port: default: a free one. flags: more of kube-apiserver's, after ours.
+        under: a program that starts kubectl, with arguments.
+        """
+        self.address = address
+        self._port = port
+        self.flags = tuple(flags)
+        self._under = tuple(under)
         self.folder = folder
         self.processes = processes
         self.kubeconfig = folder / "kubeconfig"
         # Of kube-apiserver, beside ours; set before `start`.
-        self.flags: tuple[str, ...] = ()
         self._tools: dict[str, binaries.Found] | None = None
 
     @property
@@ -90,7 +117,7 @@ class ApiServer:
 
     @property
     def kubectl(self) -> Kubectl:
-        return Kubectl(self.tools["kubectl"].path, self.kubeconfig)
+        return Kubectl(self.tools["kubectl"].path, self.kubeconfig, under=self._under)
 
     def start(self, *, tied: bool = False, say: Say | None = None) -> None:
         """Starts what does not run; `wait` tells when it serves. tied: both end with this process."""
@@ -113,22 +140,26 @@ class ApiServer:
                 tied=tied,
             )
         if not self.processes.alive("kube-apiserver"):
-            self._start_apiserver(etcd, ports["kube-apiserver"], tied)
+            self._start_apiserver(etcd, self._port or ports["kube-apiserver"], tied)
 
     def _start_apiserver(self, etcd: str, port: int, tied: bool) -> None:
         ca = pki.CA.create(self.folder / "pki" / "kubernetes", "sandkeeper local Kubernetes")
         serving = ca.server(
-            "kube-apiserver", ("localhost", "127.0.0.1", "kubernetes.default.svc", "10.0.0.1")
+            "kube-apiserver",
+            tuple(
+                dict.fromkeys(("localhost", "127.0.0.1", "kubernetes.default.svc", SERVICE_IP, self.address))
+            ),
         )
         admin = ca.client("admin", organizations=("system:masters",))
         service_accounts = pki.signing_key(ca.folder / "service-accounts.key")
         self._write_kubeconfig(port, admin.ca, admin.cert, admin.key)
+        everywhere = "0.0.0.0"  # noqa: S104 - of namespaces of its own
         self.processes.spawn(
             "kube-apiserver",
             [
                 str(self.tools["kube-apiserver"].path),
                 f"--etcd-servers={etcd}",
-                "--bind-address=127.0.0.1",
+                f"--bind-address={everywhere if self.address != LOOPBACK else LOOPBACK}",
                 f"--secure-port={port}",
                 f"--client-ca-file={ca.cert}",
                 f"--tls-cert-file={serving.cert}",
@@ -136,7 +167,7 @@ class ApiServer:
                 "--service-account-issuer=https://kubernetes.default.svc",
                 f"--service-account-signing-key-file={service_accounts}",
                 f"--service-account-key-file={service_accounts}",
-                "--authorization-mode=RBAC",
+                "--authorization-mode=Node,RBAC",
                 "--service-cluster-ip-range=10.0.0.0/24",
                 "--endpoint-reconciler-type=none",
                 "--allow-privileged=true",
@@ -195,7 +226,7 @@ class ApiServer:
             "clusters": [
                 {
                     "name": CONTEXT,
-                    "cluster": {"server": f"https://127.0.0.1:{port}", "certificate-authority": str(ca)},
+                    "cluster": {"server": f"https://{self.address}:{port}", "certificate-authority": str(ca)},
                 }
             ],
             "users": [{"name": CONTEXT, "user": {"client-certificate": str(cert), "client-key": str(key)}}],

@@ -188,9 +188,10 @@ def _extract(archive: Any, names: list[str], target: Path) -> list[str]:
 
 @click.command()
 @click.option("--tests", is_flag=True, help="Also what only the tests need: two containerds.")
-def main(tests: bool) -> None:
+@click.option("--e2e", is_flag=True, help="Also the rest of a node: kubelet and its like, runc.")
+def main(tests: bool, e2e: bool) -> None:
     """Say where the binaries are, and make those that are missing."""
-    from sandkeeper.localcluster import containerd_sources  # it builds on this module
+    from sandkeeper.localcluster import containerd_sources, node_sources  # they build on this module
 
     def say(line: str) -> None:
         click.echo(line, err=True)
@@ -199,11 +200,13 @@ def main(tests: bool) -> None:
         found = list(ensure(say=say).values())
         if tests:
             found += [containerd_sources.ensure(each, say=say) for each in containerd_sources.SOURCES]
+        if e2e:
+            found += [Found(name, path, "cache") for name, path in node_sources.ensure(say=say).items()]
     except (BinariesError, OSError) as error:
         click.echo(f"binaries: {error}", err=True)
         sys.exit(1)
     for each in found:
-        click.echo(f"{each.name:<15} {each.origin:<20} {each.path}")
+        click.echo(f"{each.name:<23} {each.origin:<20} {each.path}")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ class Containerd:
         cri: bool = False,
         config: str = "",
         cgroups: Collection[str] = (),
+        processes: Processes | None = None,
         say: Say | None = None,
     ) -> None:
         """source: built from the pinned module (2.x), or Debian's package. Raises BinariesError where it cannot be had.
@@ -59,6 +60,7 @@ class Containerd:
         cri: with the CRI plugin, which is left out otherwise.
         config: more TOML, after ours.
         cgroups: names directly below the cgroup root that only its containers are in; removed at the end.
+        processes: what starts it, where it is not to be here; of the same folder.
         """
         self.programs = containerd_sources.ensure(source, say=say).path
         self.source = source
@@ -69,7 +71,7 @@ class Containerd:
         self._cri = cri
         self._config = config
         self._cgroups = tuple(cgroups)
-        self._processes = Processes(self.folder)
+        self._processes = processes or Processes(self.folder)
         self._sockets: set[Path] = set()
 
     def __enter__(self) -> Self:

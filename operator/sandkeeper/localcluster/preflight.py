@@ -46,6 +46,12 @@ TESTS = (
     Need(("/usr/lib/cni/bridge", "/opt/cni/bin/bridge"), "containernetworking-plugins", "the tests' pods"),
     Need(("docker-registry",), "docker-registry", "the tests' registry on loopback"),
 )
+E2E = (
+    Need(("ip",), "iproute2", "the node's network"),
+    Need(("gcc",), "gcc", "builds runc"),
+    Need(("pkg-config",), "pkg-config", "builds runc"),
+    Need(("/usr/include/seccomp.h",), "libseccomp-dev", "builds runc"),
+)
 NO_ROOT = "The oci engine needs root (it makes namespaces, mounts and cgroups): run as root, or use --engine simulated"
 
 
@@ -121,9 +127,10 @@ def _apt(argv: Sequence[str]) -> bool:
 @click.command()
 @click.option("--install", "wanted", is_flag=True, help="Install what is missing with apt-get, when root.")
 @click.option("--tests/--no-tests", default=True, help="Also what only the tests need.")
-def main(wanted: bool, tests: bool) -> None:
+@click.option("--e2e", is_flag=True, help="Also what a node of our own needs.")
+def main(wanted: bool, tests: bool, e2e: bool) -> None:
     """Check that this machine has what the oci engine needs. Exit status 1 when it has not."""
-    needs = (*ENGINE, *TESTS) if tests else ENGINE
+    needs = (*ENGINE, *(TESTS if tests else ()), *(E2E if e2e else ()))
     if wanted:
         install(needs)
     if message := problems(needs):

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,11 @@ class Spawned:
 class Processes:
     """Named processes of one folder: <name>.log, and state in processes/<name>.json."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, popen: Callable[..., subprocess.Popen[bytes]] = subprocess.Popen
+    ) -> None:
+        """popen: what starts them, where it is not to be here."""
+        self._popen = popen
         self._logs = folder / "logs"
         self._state = folder / "processes"
         self._children: dict[str, subprocess.Popen[bytes]] = {}
@@ -51,7 +55,7 @@ class Processes:
         for folder in (self._logs, self._state):
             folder.mkdir(parents=True, exist_ok=True)
         with self.log(name).open("ab") as output:
-            child = subprocess.Popen(
+            child = self._popen(
                 list(argv),
                 cwd="/",
                 env=None if env is None else dict(env),

@@ -1,0 +1,43 @@
+# One image for both: `operator`, which needs no rights at all, and `shim`, which the DaemonSet runs as root.
+# `make image` builds it, with or without Docker (docs/decisions/0010-image.md).
+
+# A digest, so that the same commit gives the same base. A base of your own: --build-arg BASE=...
+ARG BASE=docker.io/library/debian:bookworm-slim@sha256:7b140f374b289a7c2befc338f42ebe6441b7ea838a042bbd5acbfca6ec875818
+
+FROM ${BASE} AS python
+RUN apt-get update -qq \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends ca-certificates python3 \
+ && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
+
+FROM python AS build
+RUN apt-get update -qq \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends python3-venv
+RUN python3 -m venv /opt/sandkeeper
+# pip's own setting: the CA of a mirror, where one stands between.
+ARG PIP_CERT
+COPY requirements.lock /src/
+RUN /opt/sandkeeper/bin/pip install --quiet --no-cache-dir --require-hashes -r /src/requirements.lock
+# The package as it is: nothing of it is generated at its build, so no build tool is fetched.
+COPY operator/sandkeeper /opt/sandkeeper/lib/python3.11/site-packages/sandkeeper
+RUN python3 -m compileall -q /opt/sandkeeper/lib \
+ && /opt/sandkeeper/bin/pip uninstall --quiet -y pip setuptools \
+ && printf '#!/opt/sandkeeper/bin/python3\nfrom sandkeeper.cli.main import main\n\nmain()\n' >/opt/sandkeeper/bin/sandkeeper \
+ && chmod 755 /opt/sandkeeper/bin/sandkeeper
+
+FROM python
+# What the oci engine drives (docs/decisions/0005-tools-for-images-and-processes.md).
+RUN apt-get update -qq \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+      catatonit conmon crun golang-github-containers-common runc skopeo umoci \
+ && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
+COPY --from=build /opt/sandkeeper /opt/sandkeeper
+ARG VERSION=0.1.0
+LABEL org.opencontainers.image.title=sandkeeper \
+      org.opencontainers.image.version=${VERSION} \
+      org.opencontainers.image.licenses=Apache-2.0
+ENV PATH=/opt/sandkeeper/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1
+USER 65532:65532
+ENTRYPOINT ["sandkeeper"]
+CMD ["operator"]
