@@ -130,3 +130,19 @@ async def the_reflection_service_lists_both_services(server: Server) -> None:
     answers = [each async for each in reflection.ServerReflectionInfo(iter([request]), timeout=PATIENCE)]
     names = {service.name for service in answers[0].list_services_response.service}
     assert names >= {"containerd.services.sandbox.v1.Controller", "sandkeeper.shim.v1.Node"}
+
+
+@rule("CALL-7")
+async def one_id_in_two_containerd_namespaces_is_two_sandboxes(server: Server) -> None:
+    sandbox_id = unknown_id()
+    one, other = ((("containerd-namespace", name),) for name in ("conformance-one", "conformance-other"))
+    try:
+        await server.create(sandbox_id, one)
+        await fails(server.call("Status", sandbox_id, other), NOT_FOUND)
+        await server.create(sandbox_id, other)
+        await server.call("Shutdown", sandbox_id, other)
+        assert (await server.call("Status", sandbox_id, one)).sandbox_id == sandbox_id
+        await fails(server.call("Status", sandbox_id, other), NOT_FOUND)
+    finally:
+        for namespace in (one, other):
+            await _left(server.call("Shutdown", sandbox_id, namespace))

@@ -105,8 +105,7 @@ class Keeper:
     async def create(
         self, sandbox_id: str, config: node_pb2.SandboxConfig | None, owner: OwnerKey | None
     ) -> Instance:
-        """Makes a sandbox, or finds it made. config: None from a client that knows only containerd's protocol:
-        a sandbox process without containers.
+        """Makes a sandbox, or finds it made. config: None, or without containers: a sandbox process alone.
 
         Raises BadRequest, Taken (another digest), WrongState (an older instance), NotReady, Full, OSError.
         """
@@ -114,7 +113,6 @@ class Keeper:
             raise BadRequest(
                 "sandbox_id must be letters and digits with single `.`, `_` or `-` between, at most 76"
             )
-        plain = config is None
         config = config or node_pb2.SandboxConfig()
         _check(sandbox_id, config, owner)
         instance = self._sandboxes.get(sandbox_id)
@@ -128,7 +126,7 @@ class Keeper:
         elif instance.removing:
             raise NotReady(f"sandbox {sandbox_id!r} is being shut down")
         await instance.create()
-        if plain:
+        if not config.containers:  # there is nothing to fetch for it, and containerd asks no second time
             await instance.prepared()
         return instance
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import sys
 
@@ -56,6 +57,9 @@ async def run(settings: ShimSettings) -> None:
 
 def main(settings: ShimSettings) -> None:
     """Set up logging and run: what `sandkeeper shim` does. Exit status 1 with a message where it cannot."""
+    # gRPC's fork handlers start threads in whichever thread of ours has forked; it may be one that must not.
+    # A child of ours is another program at once, and needs none of them.
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
     logs.configure(settings.log_format, settings.log_level)
     try:
         asyncio.run(run(settings))

@@ -12,13 +12,13 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import grpc
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, json_format
 from google.protobuf.message import DecodeError
 
-from sandkeeper.shim import node
+from sandkeeper.shim import containerd, node
 from sandkeeper.shim.changes import LIVE
 from sandkeeper.shim.engines.base import EngineError, ExecSession
-from sandkeeper.shim.errors import BadRequest, Unsupported, WrongState
+from sandkeeper.shim.errors import BadRequest, UnknownSandbox, Unsupported, WrongState
 from sandkeeper.shim.instance import Instance
 from sandkeeper.shim.keeper import Keeper
 from sandkeeper.wire import controller_pb2, controller_pb2_grpc, node_pb2, node_pb2_grpc, types_pb2
@@ -37,6 +37,11 @@ def owner_of(context: Context) -> OwnerKey | None:
         return OwnerKey.from_metadata({key: str(value) for key, value in metadata})
     except ValueError as error:
         raise BadRequest(str(error)) from None
+
+
+def _containerd_namespace(context: Context) -> str:
+    """Of a call that names no owner: an owner's sandbox is one, whoever hands on the call. Raises BadRequest."""
+    return "" if owner_of(context) else containerd.namespace_of(context.invocation_metadata() or ())
 
 
 class Finisher:
@@ -73,14 +78,25 @@ class Controller(controller_pb2_grpc.ControllerServicer):
         self._finish = finish
 
     def _of(self, request: Any, context: Context) -> Instance:
-        return self._keeper.get(request.sandbox_id, owner_of(context))
+        owner, namespace = owner_of(context), _containerd_namespace(context)
+        if not namespace:
+            return self._keeper.get(request.sandbox_id, owner)
+        try:
+            return self._keeper.get(containerd.local_id(namespace, request.sandbox_id), owner)
+        except UnknownSandbox:
+            raise UnknownSandbox(request.sandbox_id) from None  # the id that its caller knows
 
     async def Create(
         self, request: controller_pb2.ControllerCreateRequest, context: Context
     ) -> controller_pb2.ControllerCreateResponse:
-        owner = owner_of(context)
+        owner, namespace = owner_of(context), _containerd_namespace(context)
         config = _config(request.options)
-        await self._finish(self._keeper.create(request.sandbox_id, config, owner))
+        if config is None:
+            config = containerd.config_of(request, namespace, local=str(context.peer()).startswith("unix:"))
+        elif namespace:
+            config.containerd.namespace, config.containerd.sandbox_id = namespace, request.sandbox_id
+        local_id = containerd.local_id(namespace, request.sandbox_id) if namespace else request.sandbox_id
+        await self._finish(self._keeper.create(local_id, config, owner))
         return controller_pb2.ControllerCreateResponse(sandbox_id=request.sandbox_id)
 
     async def Start(
@@ -117,7 +133,7 @@ class Controller(controller_pb2_grpc.ControllerServicer):
         await instance.recorded()
         record = instance.record
         status = controller_pb2.ControllerStatusResponse(
-            sandbox_id=record.sandbox_id,
+            sandbox_id=request.sandbox_id,
             pid=record.pid,
             state="SANDBOX_READY" if record.state in LIVE else "SANDBOX_NOTREADY",
             created_at=record.created_at,
@@ -125,7 +141,10 @@ class Controller(controller_pb2_grpc.ControllerServicer):
         )
         if record.HasField("exit"):
             status.exited_at.CopyFrom(record.exit.exited_at)
-        status.extra.Pack(record)
+        told = containerd.told(record, request.sandbox_id)
+        status.extra.Pack(told)
+        if request.verbose:
+            status.info["sandkeeper"] = json_format.MessageToJson(told, indent=None)
         return status
 
     async def Shutdown(
@@ -261,13 +280,14 @@ async def _feed(session: ExecSession, requests: AsyncIterator[node_pb2.ExecReque
 
 
 def _config(options: any_pb2.Any) -> node_pb2.SandboxConfig | None:
-    """Create's `options`; None where there are none. Raises BadRequest for something else."""
-    if not options.type_url and not options.value:
-        return None
+    """Create's `options` where they are ours. Raises BadRequest where they are so by name only."""
     config = node_pb2.SandboxConfig()
+    if not options.Is(config.DESCRIPTOR):
+        return None
     try:
-        if options.Is(config.DESCRIPTOR) and options.Unpack(config):
-            return config
+        options.Unpack(config)
     except DecodeError:
-        pass  # the right type, but not its bytes
-    raise BadRequest(f"options must be a {config.DESCRIPTOR.full_name}, not {options.type_url!r}")
+        raise BadRequest(f"options are no {config.DESCRIPTOR.full_name}") from None
+    if config.HasField("containerd"):
+        raise BadRequest("options: `containerd` is for the shim to set")
+    return config

@@ -12,6 +12,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from sandkeeper.wire import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -170,6 +171,7 @@ class SandboxConfig(_message.Message):
     CONTAINERS_FIELD_NUMBER: _builtins.int
     VOLUMES_FIELD_NUMBER: _builtins.int
     TERMINATION_GRACE_PERIOD_SECONDS_FIELD_NUMBER: _builtins.int
+    CONTAINERD_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """Digest, by the client, of what is below: a repeated Create with the same id
     and digest succeeds, with another digest it fails.
@@ -187,6 +189,10 @@ class SandboxConfig(_message.Message):
     def containers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContainerConfig]: ...
     @_builtins.property
     def volumes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Volume]: ...
+    @_builtins.property
+    def containerd(self) -> Global___ContainerdSandbox:
+        """Set by the shim alone, of a sandbox that containerd asked for."""
+
     def __init__(
         self,
         *,
@@ -199,14 +205,80 @@ class SandboxConfig(_message.Message):
         containers: _abc.Iterable[Global___ContainerConfig] | None = ...,
         volumes: _abc.Iterable[Global___Volume] | None = ...,
         termination_grace_period_seconds: _builtins.int = ...,
+        containerd: Global___ContainerdSandbox | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["containerd", b"containerd", "owner", b"owner"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["containers", b"containers", "digest", b"digest", "hostname", b"hostname", "network", b"network", "owner", b"owner", "restart_policy", b"restart_policy", "runtime", b"runtime", "termination_grace_period_seconds", b"termination_grace_period_seconds", "volumes", b"volumes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["containerd", b"containerd", "containers", b"containers", "digest", b"digest", "hostname", b"hostname", "network", b"network", "owner", b"owner", "restart_policy", b"restart_policy", "runtime", b"runtime", "termination_grace_period_seconds", b"termination_grace_period_seconds", "volumes", b"volumes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SandboxConfig: _TypeAlias = SandboxConfig  # noqa: Y015
+
+@_typing.final
+class ContainerdSandbox(_message.Message):
+    """What containerd asks for and a Sandbox cannot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class AnnotationsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    SANDBOX_ID_FIELD_NUMBER: _builtins.int
+    ROOTFS_FIELD_NUMBER: _builtins.int
+    NETNS_PATH_FIELD_NUMBER: _builtins.int
+    HOST_PID_FIELD_NUMBER: _builtins.int
+    HOST_IPC_FIELD_NUMBER: _builtins.int
+    ANNOTATIONS_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """Its namespace, and the id there: two of its namespaces may each have a sandbox of one id."""
+    sandbox_id: _builtins.str
+    netns_path: _builtins.str
+    """The network namespace that it joins; empty: one of its own, or the node's with NETWORK_HOST."""
+    host_pid: _builtins.bool
+    host_ipc: _builtins.bool
+    @_builtins.property
+    def rootfs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Mount]:
+        """The sandbox process's root; empty: it runs nothing and has the node's."""
+
+    @_builtins.property
+    def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        sandbox_id: _builtins.str = ...,
+        rootfs: _abc.Iterable[_types_pb2.Mount] | None = ...,
+        netns_path: _builtins.str = ...,
+        host_pid: _builtins.bool = ...,
+        host_ipc: _builtins.bool = ...,
+        annotations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "host_ipc", b"host_ipc", "host_pid", b"host_pid", "namespace", b"namespace", "netns_path", b"netns_path", "rootfs", b"rootfs", "sandbox_id", b"sandbox_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContainerdSandbox: _TypeAlias = ContainerdSandbox  # noqa: Y015
 
 @_typing.final
 class ContainerConfig(_message.Message):

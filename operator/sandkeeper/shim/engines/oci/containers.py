@@ -47,6 +47,21 @@ def container_config(config: node_pb2.SandboxConfig, name: str) -> node_pb2.Cont
     raise EngineError("InvalidConfig", f"containers: there is no {name!r}")
 
 
+def around(folder: SandboxFolder, config: node_pb2.SandboxConfig) -> pause.Around:
+    """What is around the sandbox process: for a Sandbox namespaces of its own, for containerd what it asks for."""
+    asked = config.containerd
+    return pause.Around(
+        hostname=spec.host_name(folder.sandbox_id, config),
+        host_network=config.network == node_pb2.NETWORK_HOST,
+        netns=asked.netns_path,
+        host_ipc=asked.host_ipc,
+        # A Sandbox's containers each have their own, and no use for one more.
+        own_pids=config.HasField("containerd") and not asked.host_pid,
+        rootfs=tuple(asked.rootfs),
+        root=folder.path / "rootfs",
+    )
+
+
 class Containers:
     def __init__(self, options: Options, cgroups: Cgroups, seccomp: Seccomp, threads: Threads) -> None:
         self._options = options
@@ -143,15 +158,12 @@ class Containers:
         if not folder.etc.exists():
             self._make(folder, config)
         notes.begin(folder)
-        ref = self._threads.apart(
-            lambda: pause.start(
-                shutil.which(self._options.catatonit, path=tools.ENVIRONMENT["PATH"])
-                or self._options.catatonit,
-                self._options.root_dir,
-                sandbox_id,
-                spec.host_name(sandbox_id, config),
-                own_network=config.network != node_pb2.NETWORK_HOST,
-            )
+        ref = pause.start(
+            self._threads.apart,
+            shutil.which(self._options.catatonit, path=tools.ENVIRONMENT["PATH"]) or self._options.catatonit,
+            self._options.root_dir,
+            sandbox_id,
+            around(folder, config),
         )
         write_json(folder.process, ref.to_json())
         self._threads.submit(lambda: self._cgroups.adopt(ref.pid))

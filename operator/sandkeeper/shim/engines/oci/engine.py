@@ -137,7 +137,9 @@ class OCIEngine(Engine):
                 for ref in candidates:
                     if ref is None or not ref.alive():
                         continue
-                    if os.readlink(f"/proc/{ref.pid}/ns/mnt") != own:  # noqa: PTH115
+                    # One with a root of its own (containerd's `rootfs`) has a mount namespace with nothing else in it.
+                    with_our_root = Path(f"/proc/{ref.pid}/root").samefile("/")
+                    if with_our_root and os.readlink(f"/proc/{ref.pid}/ns/mnt") != own:  # noqa: PTH115
                         return ref.pid
         return 0
 

@@ -7,6 +7,7 @@ namespaces are for threads made for that one purpose.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import struct
@@ -16,6 +17,7 @@ CLONE_FS = 0x00000200
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
 CLONE_NEWIPC = 0x08000000
+CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
 
 MS_RDONLY = 0x1
@@ -23,6 +25,7 @@ MS_NOSUID = 0x2
 MS_NODEV = 0x4
 MS_NOEXEC = 0x8
 MS_REC = 0x4000
+MS_PRIVATE = 0x40000
 MS_SLAVE = 0x80000
 MNT_DETACH = 0x2
 UMOUNT_NOFOLLOW = 0x8
@@ -36,11 +39,18 @@ _PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 # Raw numbers, since glibc's setresuid and its like change every thread of the process.
 _SYSCALLS = {
-    "x86_64": {"capset": 126, "setresuid": 117, "setresgid": 119, "setgroups": 116},
-    "aarch64": {"capset": 91, "setresuid": 147, "setresgid": 149, "setgroups": 159},
+    "x86_64": {"capset": 126, "setresuid": 117, "setresgid": 119, "setgroups": 116, "pivot_root": 155},
+    "aarch64": {"capset": 91, "setresuid": 147, "setresgid": 149, "setgroups": 159, "pivot_root": 41},
 }
 
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _numbers() -> dict[str, int]:
+    numbers = _SYSCALLS.get(platform.machine())
+    if numbers is None:
+        raise OSError(0, f"no system call numbers for {platform.machine()}")
+    return numbers
 
 
 def _check(result: int, what: str) -> None:
@@ -62,6 +72,17 @@ def umount(target: str, flags: int = 0) -> None:
     _check(_libc.umount2(os.fsencode(target), flags | UMOUNT_NOFOLLOW), f"umount {target}")
 
 
+def pivot_root(root: str) -> None:
+    """Makes a mount point the root of the calling thread's mount namespace, and lets go of the old one.
+
+    pivot_root(2), with both of its arguments `.`. Raises OSError.
+    """
+    os.chdir(root)
+    _check(_libc.syscall(_numbers()["pivot_root"], b".", b"."), "pivot_root")
+    _check(_libc.umount2(b".", MNT_DETACH), "umount of the old root")
+    os.chdir("/")
+
+
 def unshare(flags: int) -> None:
     """unshare(2): gives the calling thread namespaces of its own. Raises OSError."""
     _check(_libc.unshare(flags), "unshare")
@@ -78,7 +99,9 @@ def sethostname(name: str) -> None:
     _check(_libc.sethostname(raw, len(raw)), "sethostname")
 
 
+@functools.cache
 def last_capability() -> int:
+    """The highest that this kernel knows."""
     return int(Path("/proc/sys/kernel/cap_last_cap").read_text())
 
 
@@ -87,9 +110,7 @@ def drop_privileges(uid: int) -> None:
 
     Raises OSError. The process's dumpable flag, which the kernel clears at the change of user, is put back.
     """
-    numbers = _SYSCALLS.get(platform.machine())
-    if numbers is None:
-        raise OSError(0, f"no system call numbers for {platform.machine()}")
+    numbers = _numbers()
     dumpable = _libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0)
     _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)

@@ -190,7 +190,9 @@ def host_name(sandbox_id: str, config: node_pb2.SandboxConfig) -> str:
                 "hostname", f"must be at most 63 letters, digits, `-`, `.`, not {config.hostname!r}"
             )
         return config.hostname
-    candidates = (name[:63].rstrip("-._") for name in (config.owner.name, sandbox_id))
+    candidates = (
+        name[:63].rstrip("-._") for name in (config.owner.name, config.containerd.sandbox_id, sandbox_id)
+    )
     return next((name for name in candidates if _HOST_NAME.fullmatch(name)), "sandbox")
 
 
