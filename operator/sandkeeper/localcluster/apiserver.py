@@ -244,12 +244,26 @@ def crds() -> str:
     return "---\n".join(files[name] for name in names)
 
 
-def apply_crds(kubectl: Kubectl) -> None:
-    """Applies our CRDs; returns when the API server serves them."""
+def apply_crds(kubectl: Kubectl, documents: str | None = None) -> None:
+    """Applies CRDs, ours where none are given; returns when the API server serves them. Raises KubectlError,
+    NotReady."""
     applied = kubectl(
-        "apply", "--server-side", "--force-conflicts", "-o", "name", "-f", "-", input=crds()
+        *("apply", "--server-side", "--force-conflicts", "-o", "name", "-f", "-"), input=documents or crds()
     ).split()
-    kubectl("wait", "--for=condition=Established", "--timeout=60s", *applied)
+    deadline = time.monotonic() + READY_TIMEOUT
+    # Not `kubectl wait`: it fails where it finds conditions that are null still.
+    while not _established(kubectl, applied):
+        if time.monotonic() > deadline:
+            raise NotReady(f"{', '.join(applied)}: not established within {READY_TIMEOUT:g} s")
+        time.sleep(_POLL)
+
+
+def _established(kubectl: Kubectl, names: list[str]) -> bool:
+    document = json.loads(kubectl("get", "-o", "json", *names))
+    conditions = [each["status"].get("conditions") or [] for each in document.get("items", [document])]
+    return all(
+        {("Established", "True")} <= {(one["type"], one["status"]) for one in each} for each in conditions
+    )
 
 
 def free_ports(count: int) -> list[int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sandkeeper.localcluster.apiserver import Kubectl, apply_crds
 from sandkeeper.localcluster.cluster import LocalCluster, Plan, memory
 from sandkeeper.localcluster.demo import table
 from sandkeeper.localcluster.watching import Marks, assigned, condition, manifest, ready
@@ -108,3 +109,31 @@ def test_a_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PermissionError, match="writable by nobody else"):
         LocalCluster(folder).up()
     assert list(folder.iterdir()) == []
+
+
+class Young(Kubectl):
+    """An API server that has just taken CRDs: `kubectl wait` fails on conditions that are still null."""
+
+    def __init__(self, *conditions: object) -> None:
+        self.conditions = list(conditions)
+
+    def __call__(self, *args: str, input: str | None = None, check: bool = True) -> str:  # noqa: A002
+        assert args[0] in ("apply", "get"), (
+            "error: .status.conditions accessor error: <nil> is of the type <nil>"
+        )
+        if args[0] == "apply":
+            return "one\ntwo\n"
+        items = [
+            {"status": {"conditions": self.conditions.pop(0)}},
+            {"status": {"conditions": [ESTABLISHED]}},
+        ]
+        return json.dumps({"items": items})
+
+
+ESTABLISHED = {"type": "Established", "status": "True"}
+
+
+def test_crds_are_waited_for_from_the_first_moment() -> None:
+    young = Young(None, [], [{"type": "NamesAccepted", "status": "True"}], [ESTABLISHED])
+    apply_crds(young)
+    assert young.conditions == []
