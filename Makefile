@@ -47,7 +47,8 @@ e2e: test-setup ## A real Kubernetes of one node without Docker (needs root; the
 	@$(py) -m sandkeeper.localcluster.binaries --e2e
 	@$(py) -m pytest tests/e2e $(PYTEST_ARGS)
 
-faults: test-setup ## Every fault at every effect, and a table of what held (half an hour)
+faults: test-setup ## Every fault at every effect, and a table of what held (an hour)
+	@$(py) -m sandkeeper.localcluster.preflight --install --faults
 	@$(py) -m pytest tests/faults --faults=all $(PYTEST_ARGS)
 
 check: $(VENV)/.ready ## All that needs no cluster: lint, types, layers, drift, unit tests

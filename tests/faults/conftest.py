@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from tests.faults.report import FINDINGS, Finding
 
@@ -29,6 +31,22 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             finding.passed = report.passed
         elif report.failed:
             finding.passed = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """`make faults` as a whole fails also where a fault was not tried, or its test was skipped."""
+    if _is_whole(session.config) and exitstatus == pytest.ExitCode.OK and FINDINGS.short():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _is_whole(config: pytest.Config) -> bool:
+    """All faults were asked for, and nothing chooses among their tests."""
+    chosen = (
+        config.option.keyword or config.option.markexpr or config.option.deselect or config.option.collectonly
+    )
+    folders = all(Path(str(config.invocation_params.dir), arg).is_dir() for arg in config.args)
+    return config.getoption("--faults") == "all" and folders and not chosen
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -57,6 +57,12 @@ class Findings:
             if value is not None:
                 setattr(finding, name, value)
 
+    def short(self) -> list[str]:
+        """Of all faults, those that were not tried or did not hold."""
+        tried = {each.fault for each in self.by_test.values()}
+        failed = {each.fault for each in self.by_test.values() if not each.passed}
+        return [name for name in FAULTS if name not in tried or name in failed]
+
     def table(self) -> list[str]:
         """Lines for people; a fault without a test is said to be untried."""
         grouped: defaultdict[str, list[Finding]] = defaultdict(list)

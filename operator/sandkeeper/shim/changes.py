@@ -133,6 +133,11 @@ def container_ended(name: str, ended: node_pb2.Exit, *, again_after: float | Non
     return change
 
 
+def ended(record: node_pb2.SandboxRecord) -> tuple[str, ...]:
+    """The containers that do not run any more, those that wait for their restart among them."""
+    return tuple(c.name for c in record.containers if c.state != node_pb2.CONTAINER_STATE_RUNNING)
+
+
 def no_more_restarts(record: node_pb2.SandboxRecord) -> None:
     """What waits for its restart has ended."""
     for container in record.containers:

@@ -258,6 +258,7 @@ class Instance:
                 return
             if not self._kept.asked.stop_at:
                 self._kept.asked.stop_at = time.time()
+                self._kept.asked.ended = changes.ended(self.record)
                 await self._kept.update(changes.unchanged)
             await self._run.send(signal.SIGTERM if grace > 0 else signal.SIGKILL)
         if await self._ends_within(grace):

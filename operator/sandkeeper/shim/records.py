@@ -42,6 +42,8 @@ class Asked:
 
     # Unix time of the first Stop; 0 for none.
     stop_at: float = 0.0
+    # Which containers had ended before it, by themselves.
+    ended: tuple[str, ...] = ()
     # Shutdown has begun: nothing may bring the sandbox back.
     removing: bool = False
     # Paths of cgroups and the like are the engine's; this is only for people who read the file.
@@ -150,8 +152,20 @@ def _load(folder: Path) -> Saved | None:
         )
         raw = json.loads((folder / "record.json").read_bytes())
         record = json_format.ParseDict(raw["record"], node_pb2.SandboxRecord(), ignore_unknown_fields=True)
-        asked = Asked(stop_at=float(raw["asked"]["stop_at"]), removing=bool(raw["asked"]["removing"]))
-    except (ValueError, KeyError, TypeError, OverflowError, json_format.ParseError, RecursionError):
+        asked = Asked(
+            stop_at=float(raw["asked"]["stop_at"]),
+            ended=tuple(str(name) for name in raw["asked"].get("ended", ())),
+            removing=bool(raw["asked"]["removing"]),
+        )
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        json_format.ParseError,
+        RecursionError,
+    ):
         return None
     except OSError as error:
         if error.errno in _NO_FILE:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from sandkeeper.wire import node_pb2
@@ -32,10 +32,17 @@ def ended_for_good(containers: Sequence[node_pb2.ContainerRecord]) -> bool:
     return bool(containers) and all(c.state == node_pb2.CONTAINER_STATE_EXITED for c in containers)
 
 
-def sandbox_exit(containers: Sequence[node_pb2.ContainerRecord], stop_at: float) -> node_pb2.Exit:
+_JUST_BEFORE = 5.0
+"""Seconds from the end of a process to its being in the record, at most."""
+
+
+def sandbox_exit(
+    containers: Sequence[node_pb2.ContainerRecord], stop_at: float, ended: Collection[str] = ()
+) -> node_pb2.Exit:
     """The end that Wait answers with: of the first container to fail, else of the first in the list.
 
-    `stop_at`: Unix time of the first Stop, 0 for none. What ended after it ended because of it.
+    `stop_at`: Unix time of the first Stop, 0 for none. ended: what had ended before it, by the record. What ended
+    after it ended because of it; that it did is no matter of times alone, which may have been set in between.
     """
     failed = [c for c in containers if c.exit.status != 0]
     chosen = min(failed, key=lambda c: c.exit.exited_at.ToNanoseconds()) if failed else containers[0]
@@ -43,8 +50,11 @@ def sandbox_exit(containers: Sequence[node_pb2.ContainerRecord], stop_at: float)
     found.CopyFrom(chosen.exit)
     if len(containers) > 1 and not found.message and found.status:
         found.message = f"container {chosen.name} ended with exit status {found.status}"
-    # A millisecond: an exit's time comes from a file's, which the kernel rounds down to its tick.
-    if stop_at and chosen.exit.exited_at.ToNanoseconds() / 1e9 >= stop_at - 0.01:
+    # A hundredth: an exit's time comes from a file's, which the kernel rounds down to its tick.
+    at = chosen.exit.exited_at.ToNanoseconds()
+    # One that has no time since its start: what it had was from before that, so the clock was set back.
+    by_itself = 0 < stop_at - 0.01 - at / 1e9 < _JUST_BEFORE and at > chosen.started_at.ToNanoseconds()
+    if stop_at and chosen.name not in ended and not by_itself:
         found.reason = "Stopped"
     # The sandbox has ended when its last container has.
     last = max(containers, key=lambda c: c.exit.exited_at.ToNanoseconds())

@@ -99,14 +99,14 @@ class Run:
     async def conclude(self, change: changes.Change, ended: node_pb2.Exit | None = None) -> None:
         """The sandbox has ended for good. The sandbox process is ended when, and only when, that is on disk:
         until then it shows that the containers' exits are theirs. Step held."""
-        stop_at = self._kept.asked.stop_at
+        asked = self._kept.asked
 
         def conclusion(record: node_pb2.SandboxRecord) -> None:
             change(record)
-            if self._lost is not None and not stop_at:
+            if self._lost is not None and not asked.stop_at:
                 changes.exited(record, self._lost)
             else:
-                changes.exited(record, ended or sandbox_exit(record.containers, stop_at))
+                changes.exited(record, ended or sandbox_exit(record.containers, asked.stop_at, asked.ended))
 
         await self._kept.update(conclusion, sync=True)
         self._final.set()

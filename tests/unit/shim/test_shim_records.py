@@ -47,7 +47,7 @@ def saved(sandbox_id: str = "uid-1", uid: str = "uid") -> Saved:
     )
     record.containers.add(name="main", state=node_pb2.CONTAINER_STATE_RUNNING)
     record.created_at.FromNanoseconds(1_700_000_000_123_456_789)
-    return Saved(config, record, Asked(stop_at=12.5, removing=True))
+    return Saved(config, record, Asked(stop_at=12.5, ended=("main",), removing=True))
 
 
 def loaded(state_dir: Path) -> dict[str, Saved | None]:

@@ -102,6 +102,33 @@ def test_sandbox_exit(
     assert found.signal == (status - 128 if status > 128 else 0)
 
 
+@pytest.mark.parametrize(
+    ("containers", "ended", "reason"),
+    [
+        # The clock was set back after Stop: the end is long before it.
+        ([("a", 143, 6400)], (), "Stopped"),
+        ([("a", 0, 6400)], (), "Stopped"),
+        # It was set back after the first one's end and before Stop.
+        ([("a", 3, 13600), ("b", 0, 10001)], ("a",), "Error"),
+        ([("a", 0, 13600), ("b", 143, 10001)], ("a",), "Stopped"),
+        # It was set ahead after Stop.
+        ([("a", 143, 13600)], (), "Stopped"),
+    ],
+)
+def test_why_it_ended_is_known_though_a_clock_was_set(
+    containers: list[tuple[str, int, float]], ended: tuple[str, ...], reason: str
+) -> None:
+    found = sandbox_exit([container(*each) for each in containers], 10000, ended)
+    assert found.reason == reason
+
+
+def test_an_end_that_is_put_at_the_start_is_no_end_before_stop() -> None:
+    """The clock was set back, so that the end's own time was before the start."""
+    stopped = container("a", 143, 9998)
+    stopped.started_at.CopyFrom(stopped.exit.exited_at)
+    assert sandbox_exit([stopped], 10000).reason == "Stopped"
+
+
 def test_the_reason_of_a_container_is_the_sandboxs() -> None:
     found = sandbox_exit([container("a", 137, 10, reason="OOMKilled")], 0)
     assert (found.status, found.reason) == (137, "OOMKilled")
