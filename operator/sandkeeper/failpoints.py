@@ -2,7 +2,8 @@
 
     TERM[->TERM]...        TERM: [COUNT*]ACTION[(ARG)]
 
-Each call of the effect uses up one count of the first term that has any left; a term without a count never ends;
+Each call of the effect uses up one count of the first term that has any left (what strikes after the effect: each
+that happened); a term without a count never ends;
 after the last term the effect works. Actions:
 
     off              works
@@ -47,6 +48,11 @@ class Term:
     action: str
     argument: str
 
+    @property
+    def is_after(self) -> bool:
+        """It strikes when the effect has happened."""
+        return self.action == "lose" or (self.action, self.argument) == ("panic", "after")
+
 
 def parse(name: str, text: str) -> list[Term]:
     """Raises ValueError naming the effect and the term at fault."""
@@ -88,6 +94,17 @@ def _wrong(name: str, term: str, why: str) -> ValueError:
     return ValueError(f"failpoints.{name}: term {term!r}: {why}")
 
 
+@contextmanager
+def _counted(term: Term | None) -> Iterator[None]:
+    """Around the effect itself: one that failed by itself has no time after it, and that term is still to come."""
+    try:
+        yield
+    except BaseException:
+        if term is not None and term.left is not None and term.is_after:
+            term.left += 1
+        raise
+
+
 class Effects:
     """The effects of one process: which of them are to fail, how much of that is left, and what has happened."""
 
@@ -123,7 +140,8 @@ class Effects:
             await asyncio.sleep(float(term.argument))
         self._before(name, term, failure)
         note: Note = {"effect": name, "subject": subject}
-        yield note
+        with _counted(term):
+            yield note
         self._after(note, term, failure)
 
     @contextmanager
@@ -134,7 +152,8 @@ class Effects:
             time.sleep(float(term.argument or 1e9))
         self._before(name, term, failure)
         note: Note = {"effect": name, "subject": subject}
-        yield note
+        with _counted(term):
+            yield note
         self._after(note, term, failure)
 
     def _next(self, name: str) -> Term | None:

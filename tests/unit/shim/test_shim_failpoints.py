@@ -35,6 +35,17 @@ class Counted:
             self.count += 1
 
 
+async def test_what_strikes_after_the_effect_waits_for_one_that_happens() -> None:
+    counted = Counted("1*lose(cut)")
+    with pytest.raises(ZeroDivisionError):
+        async with counted.effects.at("start", "box", failed):
+            raise ZeroDivisionError
+    with pytest.raises(EngineError, match="cut"):
+        await counted.call()
+    await counted.call()
+    assert counted.count == 2
+
+
 @pytest.mark.parametrize(
     ("text", "terms"),
     [
