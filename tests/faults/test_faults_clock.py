@@ -15,7 +15,7 @@ from tests.faults.workload import END, Workload
 
 from sandkeeper.localcluster.cluster import OPERATOR
 
-# Thorough: libfaketime is no part of what `make test` asks for. The quick cut is tests/unit/control/test_core_clocks.py.
+# Thorough: libfaketime is no part of what `make test` asks for; that has tests/unit/control/test_core_clocks.py.
 pytestmark = [pytest.mark.cluster, pytest.mark.oci, pytest.mark.fault("F13"), pytest.mark.thorough]
 
 HOUR = 3600

@@ -76,7 +76,7 @@ class Scenario(Workload):
         self.trial.make(
             sandbox("resumes", desiredState="Paused"), sandbox("expires", "true", ttlSecondsAfterFinished=0)
         )
-        self.trial.until("resumes", lambda body: body["status"].get("phase") == "Paused")
+        self.trial.until("resumes", lambda body: body.get("status", {}).get("phase") == "Paused")
 
     def go_on(self) -> None:
         self.trial.user.patch("resumes", {"spec": {"desiredState": "Running"}})
