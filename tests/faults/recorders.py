@@ -95,7 +95,7 @@ class Objects:
         """
         deadline = time.monotonic() + timeout
         with self._news:
-            while not wanted(body := self._now(namespace, name)):
+            while not _holds(wanted, body := self._now(namespace, name)):
                 if self._error:
                     raise AssertionError(f"the recorder broke: {self._error}")
                 left = deadline - time.monotonic()
@@ -177,6 +177,16 @@ class Objects:
             if kind == "DELETED":
                 self._gone.add(uid)
             self._news.notify_all()
+
+
+def _holds(wanted: Callable[[Object], Any], body: Object) -> Any:
+    """An object that is not there, or not yet, is not as one wanted that is looked into."""
+    try:
+        return wanted(body)
+    except KeyError:
+        if body:
+            raise
+        return False
 
 
 @dataclass(slots=True)
