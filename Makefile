@@ -12,10 +12,10 @@ PYTEST_ARGS ?=
 again := --reruns 1 --rerun-except 'left behind' --rerun-except 'untrue history'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test e2e faults check bench crds stubs rules lock setup lint unit clean
+.PHONY: help demo test e2e faults check bench crds stubs rules lock conformance setup lint unit clean
 
 help: ## This list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.ready: pyproject.toml requirements-dev.lock
 	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -50,6 +50,9 @@ e2e: test-setup ## A real Kubernetes of one node without Docker (needs root; the
 faults: test-setup ## Every fault at every effect, and a table of what held (an hour)
 	@$(py) -m sandkeeper.localcluster.preflight --install --faults
 	@$(py) -m pytest tests/faults --faults=all $(PYTEST_ARGS)
+
+conformance: setup ## Every rule of docs/contract.md against every engine and through containerd, as tables (ENGINE= for one)
+	@$(py) -m tests.conformance
 
 check: $(VENV)/.ready ## All that needs no cluster: lint, types, layers, drift, unit tests
 	@$(bin)/ruff check .

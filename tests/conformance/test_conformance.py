@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
 
 import pytest
 from tests.cluster import eventually
-from tests.conformance.shims import ENGINES, OF_ITS_OWN, Shims, shims
+from tests.conformance.shims import ENGINES, Shims, shims
+from tests.conformance.targets import EngineTarget
 
 from sandkeeper.conformance.contract import rules
 from sandkeeper.conformance.registry import Check, checks
-from sandkeeper.conformance.server import Inapplicable
+from sandkeeper.conformance.run import Result, run
 
 CHECKS = checks()
-
-CHECK_SECONDS = 100.0
 
 UNOBSERVABLE: dict[str, str] = {}
 """Rules that nobody can check from outside, and why."""
@@ -45,12 +43,11 @@ def nodes() -> Iterator[Callable[[str], Shims]]:
 )
 async def test_the_rule_is_kept(nodes: Callable[[str], Shims], engine: str, check: Check) -> None:
     made = nodes(engine)
-    async with await made.server(own=bool(check.needs & OF_ITS_OWN)) as server:
-        try:
-            async with asyncio.timeout(CHECK_SECONDS):
-                await check.run(server)
-        except Inapplicable as reason:
-            pytest.skip(str(reason))
+    outcome = await run(check, await EngineTarget(made, engine).server(check))
+    if outcome.result == Result.INAPPLICABLE:
+        pytest.skip(outcome.seen)
+    if outcome.result == Result.BROKEN:
+        raise AssertionError(outcome.seen) from outcome.error
     eventually(lambda: not made.files(), seen=made.files)
 
 

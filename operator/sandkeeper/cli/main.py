@@ -18,6 +18,10 @@ _SETTINGS = {"help_option_names": ["-h", "--help"]}
         "local": ("sandkeeper.cli.local:local", "A whole cluster of plain processes on this machine."),
         "demo": ("sandkeeper.cli.local:demo", "From kubectl apply to an exit status in the object."),
         "crds": ("sandkeeper.cli.local:crds", "Print the CustomResourceDefinitions."),
+        "conformance": (
+            "sandkeeper.cli.conformance_command:conformance",
+            "Check a server against the shim's contract.",
+        ),
         "version": ("sandkeeper.cli.main:version", "Print the version."),
     },
 )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import signal
 import uuid
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from google.protobuf import any_pb2
 
-from sandkeeper.conformance.server import PATIENCE, Inapplicable, Server, until
+from sandkeeper.conformance.observed import Inapplicable
+from sandkeeper.conformance.server import MOMENT, PATIENCE, Server, until
 from sandkeeper.wire import controller_pb2, node_pb2
 from sandkeeper.wire.ids import OwnerKey
 
@@ -57,8 +61,8 @@ class Box:
         owner: OwnerKey | None = None,
         **fields: Any,
     ) -> None:
-        if not server.containers:
-            raise Inapplicable("it takes no SandboxConfig")
+        if server.no_containers:
+            raise Inapplicable(server.no_containers)
         self.server = server
         self.owner = owner or fresh_owner()
         whole = [
@@ -131,15 +135,49 @@ class Box:
         """The record once it is in one of the states."""
         return await until(self.record, lambda record: record.state in states)  # type: ignore[no-any-return]
 
+    async def stays(self, record: node_pb2.SandboxRecord) -> None:
+        """Raises AssertionError where its record changes within the time in which a container would be restarted."""
+        moment = max(MOMENT, 3 * self.server.restart_backoff)
+        if self.server.has_node:
+            changed = [change.sandbox.sandbox_id for change in await self.server.changes_within(moment)]
+            assert self.id not in changed
+        else:
+            over = asyncio.get_running_loop().time() + moment
+            while asyncio.get_running_loop().time() < over:
+                assert await self.record() == record
+                await asyncio.sleep(0.02)
+        assert await self.record() == record
+
     async def log(self, name: str = "", **options: Any) -> str:
         pieces = [piece async for piece in self.server.client.logs(self.owner, name, **options)]
         return b"".join(pieces).decode()
 
     async def said(self, text: str, name: str = "") -> None:
         """Returns when a container has written the text."""
-        if not await self.server.offers("Logs"):
-            raise Inapplicable("without Logs nobody knows how far its script is")
         await until(lambda: self.log(name), lambda output: text in output)
+
+    async def trapping(self, *names: str) -> None:
+        """Returns when these containers (default: the only one) mind SIGTERM as their scripts say."""
+        if await self.server.offers("Logs"):
+            for name in names or ("",):
+                await self.said("ready", name)
+        elif self.server.processes:
+            record = await self.record()
+            pids = [each.pid for each in record.containers if not names or each.name in names]
+            await until(lambda: all(_minds_sigterm(pid) for pid in pids))
+        else:
+            raise Inapplicable("without Logs nobody knows how far its script is")
+
+
+def _minds_sigterm(pid: int) -> bool:
+    """Whether the process catches or ignores it (proc(5): SigCgt, SigIgn)."""
+    bit = 1 << (signal.SIGTERM - 1)
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            name, _, mask = line.partition(":")
+            if name in ("SigCgt", "SigIgn") and int(mask, 16) & bit:
+                return True
+    return False
 
 
 # Sandboxes in each state

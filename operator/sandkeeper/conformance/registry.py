@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -21,12 +21,23 @@ restart     it can be killed and started again
 tcp         it listens on TCP, and there are certificates to call it with
 """
 
+WANTING: Mapping[Ability, str] = {
+    "failpoints": "its faults cannot be commanded from here",
+    "leaks": "what its sandboxes have on its machine cannot be told from what others have there",
+    "local": "it is not reached by a unix socket, so nothing says that it is on this machine",
+    "processes": "its pids are not known to be processes of this machine",
+    "registry": "no registry is known that gets new images on command",
+    "restart": "it is not killed and started again from here",
+    "tcp": "there are no certificates of strangers to call it with",
+}
+"""Why a check is not run where it needs what is not there."""
+
 CheckFunction = Callable[[Server], Awaitable[None]]
 F = TypeVar("F", bound=CheckFunction)
 
 MODULES = (
     *("calls", "auth", "fencing", "create", "create_fails", "start", "wait", "status", "stop", "shutdown"),
-    *("restarts", "node", "watch", "streams"),
+    *("restarts", "node", "watch", "streams", "plain"),
 )
 
 
@@ -37,6 +48,11 @@ class Check:
     rules: tuple[str, ...]
     run: CheckFunction
     needs: frozenset[Ability]
+
+    @property
+    def sentence(self) -> str:
+        """`a repeated create changes nothing`."""
+        return self.run.__name__.replace("_", " ")
 
     @property
     def name(self) -> str:

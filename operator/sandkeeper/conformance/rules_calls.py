@@ -13,7 +13,16 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from sandkeeper.conformance.box import CREATED, EXITED, FOREVER, RUNNING, Box, fresh_owner
 from sandkeeper.conformance.registry import rule
-from sandkeeper.conformance.server import PATIENCE, Server, about, code_of, fails, unknown_id, until
+from sandkeeper.conformance.server import (
+    NAMESPACE,
+    PATIENCE,
+    Server,
+    about,
+    code_of,
+    fails,
+    unknown_id,
+    until,
+)
 from sandkeeper.wire import controller_pb2, controller_pb2_grpc
 from sandkeeper.wire.client import open_channel
 
@@ -135,14 +144,10 @@ async def the_reflection_service_lists_both_services(server: Server) -> None:
 @rule("CALL-7")
 async def one_id_in_two_containerd_namespaces_is_two_sandboxes(server: Server) -> None:
     sandbox_id = unknown_id()
-    one, other = ((("containerd-namespace", name),) for name in ("conformance-one", "conformance-other"))
-    try:
-        await server.create(sandbox_id, one)
-        await fails(server.call("Status", sandbox_id, other), NOT_FOUND)
-        await server.create(sandbox_id, other)
-        await server.call("Shutdown", sandbox_id, other)
-        assert (await server.call("Status", sandbox_id, one)).sandbox_id == sandbox_id
-        await fails(server.call("Status", sandbox_id, other), NOT_FOUND)
-    finally:
-        for namespace in (one, other):
-            await _left(server.call("Shutdown", sandbox_id, namespace))
+    one, other = (((NAMESPACE, name),) for name in server.namespaces)
+    await server.create(sandbox_id, one)
+    await fails(server.call("Status", sandbox_id, other), NOT_FOUND)
+    await server.create(sandbox_id, other)
+    await server.call("Shutdown", sandbox_id, other)
+    assert (await server.call("Status", sandbox_id, one)).sandbox_id == sandbox_id
+    await fails(server.call("Status", sandbox_id, other), NOT_FOUND)

@@ -7,8 +7,9 @@ from typing import Any
 import grpc
 
 from sandkeeper.conformance.box import CREATED, FAILED, FOREVER, Box, container, failing_box
+from sandkeeper.conformance.observed import Inapplicable
 from sandkeeper.conformance.registry import rule
-from sandkeeper.conformance.server import Inapplicable, Server, about, code_of, fails, until
+from sandkeeper.conformance.server import Server, about, code_of, fails, until
 from sandkeeper.wire import node_pb2
 
 INVALID_ARGUMENT, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND

@@ -19,7 +19,7 @@ from sandkeeper.conformance.box import (
     states,
 )
 from sandkeeper.conformance.registry import rule
-from sandkeeper.conformance.server import PATIENCE, Server, about, code_of, drained, fails
+from sandkeeper.conformance.server import PATIENCE, RUNTIME, Server, about, code_of, drained, fails
 from sandkeeper.wire import controller_pb2, node_pb2, types_pb2
 
 _GO = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -67,7 +67,8 @@ async def an_update_changes_nothing_that_runs(server: Server) -> None:
     box = Box(server, FOREVER)
     await box.run()
     before = await box.record()
-    sandbox = types_pb2.Sandbox(sandbox_id=box.id, labels={"a": "b"})
+    runtime = types_pb2.Sandbox.Runtime(name=RUNTIME)
+    sandbox = types_pb2.Sandbox(sandbox_id=box.id, runtime=runtime, labels={"a": "b"})
     code, message = await code_of(box.call("Update", sandbox=sandbox, fields=["labels"]))
     assert code in (grpc.StatusCode.OK, grpc.StatusCode.UNIMPLEMENTED), f"{code.name}: {message}"
     assert await box.record() == before

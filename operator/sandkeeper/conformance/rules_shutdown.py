@@ -9,7 +9,7 @@ import grpc
 
 from sandkeeper.conformance.box import DEAF, FOREVER, OBEDIENT, Box, box_in, container, state_name, states
 from sandkeeper.conformance.registry import rule
-from sandkeeper.conformance.server import Server, about, alive, code_of, fails, until
+from sandkeeper.conformance.server import CUT_OFF, MOMENT, Server, about, alive, code_of, fails, until
 from sandkeeper.wire import node_pb2
 
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
@@ -65,12 +65,18 @@ async def what_runs_is_stopped_with_its_grace_period(server: Server) -> None:
         with about(f"{script}, {grace} s"):
             box = Box(server, script, termination_grace_period_seconds=grace)
             await box.run()
-            await box.said("ready")
-            async with server.watching() as changes:
-                await box.shutdown()
-                await until(functools.partial(_removed, changes))
+            await box.trapping()
+            waiting = asyncio.create_task(box.wait())
+            if server.has_node:
+                async with server.watching() as changes:
+                    await box.shutdown()
+                    await until(functools.partial(_removed, changes))
                 ended = [change.sandbox.exit for change in changes if change.sandbox.HasField("exit")]
-            assert (ended[-1].status, ended[-1].reason) == (status, "Stopped")
+                assert (ended[-1].status, ended[-1].reason) == (status, "Stopped")
+            else:
+                await fails(box.call("Wait", timeout=MOMENT), *CUT_OFF)  # both wait by now
+                await box.shutdown()
+            assert (await waiting)[0] == status
 
 
 def _removed(changes: list[node_pb2.WatchResponse]) -> bool:

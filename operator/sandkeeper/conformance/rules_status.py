@@ -19,7 +19,8 @@ from sandkeeper.conformance.box import (
 )
 from sandkeeper.conformance.registry import rule
 from sandkeeper.conformance.server import Server, about, until
-from sandkeeper.wire import node_pb2
+from sandkeeper.wire import controller_pb2, node_pb2
+from sandkeeper.wire.times import to_datetime
 
 WAITING, RUNS, ENDED = (
     node_pb2.CONTAINER_STATE_WAITING,
@@ -50,16 +51,22 @@ async def times_and_pid_follow_its_life(server: Server) -> None:
     box = await Box(server, FOREVER).create()
     before = await box.call("Status")
     assert before.created_at.ToNanoseconds() > 0
-    assert (before.pid, before.HasField("exited_at")) == (0, False)
+    assert (before.pid, _has_ended(server, before)) == (0, False)
     pid = await box.start()
     running = await box.call("Status")
-    assert (running.pid, running.HasField("exited_at")) == (pid, False)
+    assert (running.pid, _has_ended(server, running)) == (pid, False)
     await box.stop()
     ended = await box.call("Status")
     assert ended.pid == 0
     assert ended.exited_at == (await box.call("Wait")).exited_at
     assert ended.exited_at.ToNanoseconds() > ended.created_at.ToNanoseconds()
     assert before.created_at == running.created_at == ended.created_at
+
+
+def _has_ended(server: Server, response: controller_pb2.ControllerStatusResponse) -> bool:
+    if server.between:  # it writes an unset time as Go's first one
+        return to_datetime(response.exited_at) is not None
+    return response.HasField("exited_at")
 
 
 @rule("STATUS-5")
@@ -114,8 +121,7 @@ async def every_container_is_in_the_record(server: Server) -> None:
     await box.create()
     assert _containers(await box.record()) == [("zulu", WAITING), ("alpha", WAITING), ("mike", WAITING)]
     await box.start()
-    for name in ("zulu", "mike"):
-        await box.said("ready", name)
+    await box.trapping("zulu", "mike")
     record = await until(box.record, lambda record: record.containers[1].state == ENDED)
     assert _containers(record) == [("zulu", RUNS), ("alpha", ENDED), ("mike", RUNS)]
     pids = [each.pid for each in record.containers]

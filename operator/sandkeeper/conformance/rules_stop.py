@@ -19,8 +19,9 @@ from sandkeeper.conformance.box import (
     state_name,
     states,
 )
+from sandkeeper.conformance.observed import Inapplicable
 from sandkeeper.conformance.registry import rule
-from sandkeeper.conformance.server import MOMENT, Inapplicable, Server, about, fails, until
+from sandkeeper.conformance.server import Server, about, fails, until
 from sandkeeper.wire import node_pb2
 
 ALWAYS = node_pb2.RESTART_POLICY_ALWAYS
@@ -32,8 +33,7 @@ LONG = 20
 async def a_stop_asks_first_and_answers_at_the_end(server: Server) -> None:
     box = Box(server, OBEDIENT, OBEDIENT)
     await box.run()
-    for name in ("c0", "c1"):
-        await box.said("ready", name)
+    await box.trapping("c0", "c1")
     record = await box.stop(LONG)
     assert record.state == EXITED
     assert (record.exit.status, record.exit.signal, record.exit.reason) == (7, 0, "Stopped")
@@ -44,7 +44,7 @@ async def a_stop_asks_first_and_answers_at_the_end(server: Server) -> None:
 async def what_does_not_end_is_killed(server: Server) -> None:
     box = Box(server, DEAF)
     await box.run()
-    await box.said("ready")
+    await box.trapping()
     began = time.monotonic()
     record = await box.stop(1)
     assert time.monotonic() - began >= 1  # not before its time
@@ -60,7 +60,7 @@ async def a_repeated_stop_leaves_the_exit_as_it_was(server: Server) -> None:
     ):
         await box.run()
         if bring:
-            await box.said("ready")
+            await box.trapping()
             await asyncio.gather(*(box.stop(LONG) for _ in range(5)))
         else:
             await box.wait()
@@ -85,7 +85,7 @@ async def what_never_ran_is_left_alone(server: Server) -> None:
 async def nothing_is_restarted_after_a_stop(server: Server) -> None:
     box = Box(server, OBEDIENT, restart_policy=ALWAYS)
     await box.run()
-    await box.said("ready")
+    await box.trapping()
     await _stays_ended(box, await box.stop(LONG))
 
 
@@ -100,10 +100,7 @@ async def what_waits_for_its_restart_has_ended_by_a_stop(server: Server) -> None
 
 async def _stays_ended(box: Box, record: node_pb2.SandboxRecord) -> None:
     assert record.state == EXITED
-    moment = max(MOMENT, 3 * box.server.restart_backoff)
-    changed = [change.sandbox.sandbox_id for change in await box.server.changes_within(moment)]
-    assert box.id not in changed
-    assert await box.record() == record
+    await box.stays(record)
     await fails(box.start(), grpc.StatusCode.FAILED_PRECONDITION)
 
 
@@ -114,7 +111,7 @@ async def what_is_paused_ends_as_what_runs(server: Server) -> None:
     obedient, deaf = Box(server, OBEDIENT), Box(server, DEAF)
     for box, grace, status in ((obedient, LONG, 7), (deaf, 0, 137)):
         await box.run()
-        await box.said("ready")
+        await box.trapping()
         await server.client.pause(box.owner)
         record = await box.stop(grace)
         assert (record.state, record.exit.status, record.exit.reason) == (EXITED, status, "Stopped")

@@ -21,8 +21,9 @@ from sandkeeper.conformance.box import (
     state_name,
     states,
 )
+from sandkeeper.conformance.observed import Inapplicable
 from sandkeeper.conformance.registry import rule
-from sandkeeper.conformance.server import MOMENT, Inapplicable, Server, about, drained, fails, until
+from sandkeeper.conformance.server import MOMENT, Server, about, drained, fails, until
 
 FAILED_PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
 DEADLINE_EXCEEDED, NOT_FOUND = grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.NOT_FOUND

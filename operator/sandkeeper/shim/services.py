@@ -83,7 +83,7 @@ class Controller(controller_pb2_grpc.ControllerServicer):
             return self._keeper.get(request.sandbox_id, owner)
         try:
             return self._keeper.get(containerd.local_id(namespace, request.sandbox_id), owner)
-        except UnknownSandbox:
+        except (UnknownSandbox, BadRequest):  # what is no id is nobody's
             raise UnknownSandbox(request.sandbox_id) from None  # the id that its caller knows
 
     async def Create(

@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+sandkeeper/wire/containerd/namespaces.proto\x12!containerd.services.namespaces.v1\"\x92\x01\n\tNamespace\x12\x0c\n\x04name\x18\x01 \x01(\t\x12H\n\x06labels\x18\x02 \x03(\x0b\x32\x38.containerd.services.namespaces.v1.Namespace.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"Y\n\x16\x43reateNamespaceRequest\x12?\n\tnamespace\x18\x01 \x01(\x0b\x32,.containerd.services.namespaces.v1.Namespace\"Z\n\x17\x43reateNamespaceResponse\x12?\n\tnamespace\x18\x01 \x01(\x0b\x32,.containerd.services.namespaces.v1.Namespace2\x8d\x01\n\nNamespaces\x12\x7f\n\x06\x43reate\x12\x39.containerd.services.namespaces.v1.CreateNamespaceRequest\x1a:.containerd.services.namespaces.v1.CreateNamespaceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+sandkeeper/wire/containerd/namespaces.proto\x12!containerd.services.namespaces.v1\x1a\x1bgoogle/protobuf/empty.proto\"\x92\x01\n\tNamespace\x12\x0c\n\x04name\x18\x01 \x01(\t\x12H\n\x06labels\x18\x02 \x03(\x0b\x32\x38.containerd.services.namespaces.v1.Namespace.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\'\n\x15ListNamespacesRequest\x12\x0e\n\x06\x66ilter\x18\x01 \x01(\t\"Z\n\x16ListNamespacesResponse\x12@\n\nnamespaces\x18\x01 \x03(\x0b\x32,.containerd.services.namespaces.v1.Namespace\"Y\n\x16\x43reateNamespaceRequest\x12?\n\tnamespace\x18\x01 \x01(\x0b\x32,.containerd.services.namespaces.v1.Namespace\"Z\n\x17\x43reateNamespaceResponse\x12?\n\tnamespace\x18\x01 \x01(\x0b\x32,.containerd.services.namespaces.v1.Namespace\"&\n\x16\x44\x65leteNamespaceRequest\x12\x0c\n\x04name\x18\x01 \x01(\t2\xe7\x02\n\nNamespaces\x12{\n\x04List\x12\x38.containerd.services.namespaces.v1.ListNamespacesRequest\x1a\x39.containerd.services.namespaces.v1.ListNamespacesResponse\x12\x7f\n\x06\x43reate\x12\x39.containerd.services.namespaces.v1.CreateNamespaceRequest\x1a:.containerd.services.namespaces.v1.CreateNamespaceResponse\x12[\n\x06\x44\x65lete\x12\x39.containerd.services.namespaces.v1.DeleteNamespaceRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,14 +34,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NAMESPACE_LABELSENTRY']._loaded_options = None
   _globals['_NAMESPACE_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_NAMESPACE']._serialized_start=83
-  _globals['_NAMESPACE']._serialized_end=229
-  _globals['_NAMESPACE_LABELSENTRY']._serialized_start=184
-  _globals['_NAMESPACE_LABELSENTRY']._serialized_end=229
-  _globals['_CREATENAMESPACEREQUEST']._serialized_start=231
-  _globals['_CREATENAMESPACEREQUEST']._serialized_end=320
-  _globals['_CREATENAMESPACERESPONSE']._serialized_start=322
-  _globals['_CREATENAMESPACERESPONSE']._serialized_end=412
-  _globals['_NAMESPACES']._serialized_start=415
-  _globals['_NAMESPACES']._serialized_end=556
+  _globals['_NAMESPACE']._serialized_start=112
+  _globals['_NAMESPACE']._serialized_end=258
+  _globals['_NAMESPACE_LABELSENTRY']._serialized_start=213
+  _globals['_NAMESPACE_LABELSENTRY']._serialized_end=258
+  _globals['_LISTNAMESPACESREQUEST']._serialized_start=260
+  _globals['_LISTNAMESPACESREQUEST']._serialized_end=299
+  _globals['_LISTNAMESPACESRESPONSE']._serialized_start=301
+  _globals['_LISTNAMESPACESRESPONSE']._serialized_end=391
+  _globals['_CREATENAMESPACEREQUEST']._serialized_start=393
+  _globals['_CREATENAMESPACEREQUEST']._serialized_end=482
+  _globals['_CREATENAMESPACERESPONSE']._serialized_start=484
+  _globals['_CREATENAMESPACERESPONSE']._serialized_end=574
+  _globals['_DELETENAMESPACEREQUEST']._serialized_start=576
+  _globals['_DELETENAMESPACEREQUEST']._serialized_end=614
+  _globals['_NAMESPACES']._serialized_start=617
+  _globals['_NAMESPACES']._serialized_end=976
 # @@protoc_insertion_point(module_scope)

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from sandkeeper.wire.containerd import namespaces_pb2 as sandkeeper_dot_wire_dot_containerd_dot_namespaces__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -34,17 +35,39 @@ class NamespacesStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.List = channel.unary_unary(
+                '/containerd.services.namespaces.v1.Namespaces/List',
+                request_serializer=sandkeeper_dot_wire_dot_containerd_dot_namespaces__pb2.ListNamespacesRequest.SerializeToString,
+                response_deserializer=sandkeeper_dot_wire_dot_containerd_dot_namespaces__pb2.ListNamespacesResponse.FromString,
+                _registered_method=True)
         self.Create = channel.unary_unary(
                 '/containerd.services.namespaces.v1.Namespaces/Create',
                 request_serializer=sandkeeper_dot_wire_dot_containerd_dot_namespaces__pb2.CreateNamespaceRequest.SerializeToString,
                 response_deserializer=sandkeeper_dot_wire_dot_containerd_dot_namespaces__pb2.CreateNamespaceResponse.FromString,
+                _registered_method=True)
+        self.Delete = channel.unary_unary(
+                '/containerd.services.namespaces.v1.Namespaces/Delete',
+                request_serializer=sandkeeper_dot_wire_dot_containerd_dot_namespaces__pb2.DeleteNamespaceRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
                 _registered_method=True)
 
 
 class NamespacesServicer:
     """Missing associated documentation comment in .proto file."""
 
+    def List(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Create(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Delete(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -53,10 +76,20 @@ class NamespacesServicer:
 
 def add_NamespacesServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'List': grpc.unary_unary_rpc_method_handler(
+                    servicer.List,
+                    request_deserializer=sandkeeper_dot_wire_dot_containerd_dot_namespaces__pb2.ListNamespacesRequest.FromString,
+                    response_serializer=sandkeeper_dot_wire_dot_containerd_dot_namespaces__pb2.ListNamespacesResponse.SerializeToString,
+            ),
             'Create': grpc.unary_unary_rpc_method_handler(
                     servicer.Create,
                     request_deserializer=sandkeeper_dot_wire_dot_containerd_dot_namespaces__pb2.CreateNamespaceRequest.FromString,
                     response_serializer=sandkeeper_dot_wire_dot_containerd_dot_namespaces__pb2.CreateNamespaceResponse.SerializeToString,
+            ),
+            'Delete': grpc.unary_unary_rpc_method_handler(
+                    servicer.Delete,
+                    request_deserializer=sandkeeper_dot_wire_dot_containerd_dot_namespaces__pb2.DeleteNamespaceRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -68,6 +101,33 @@ def add_NamespacesServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Namespaces:
     """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def List(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/containerd.services.namespaces.v1.Namespaces/List',
+            sandkeeper_dot_wire_dot_containerd_dot_namespaces__pb2.ListNamespacesRequest.SerializeToString,
+            sandkeeper_dot_wire_dot_containerd_dot_namespaces__pb2.ListNamespacesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Create(request,
@@ -86,6 +146,33 @@ class Namespaces:
             '/containerd.services.namespaces.v1.Namespaces/Create',
             sandkeeper_dot_wire_dot_containerd_dot_namespaces__pb2.CreateNamespaceRequest.SerializeToString,
             sandkeeper_dot_wire_dot_containerd_dot_namespaces__pb2.CreateNamespaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Delete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/containerd.services.namespaces.v1.Namespaces/Delete',
+            sandkeeper_dot_wire_dot_containerd_dot_namespaces__pb2.DeleteNamespaceRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
             options,
             channel_credentials,
             insecure,
