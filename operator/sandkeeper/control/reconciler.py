@@ -100,6 +100,7 @@ class Reconciler:
         self._ledger_complete = False
         self._failures: dict[Key, int] = {}
         self._unschedulable: set[Key] = set()
+        self._told: set[Key] = set()  # whose end was written by their last pass
         self._since: dict[Key, float] = {}  # when an object that is not Ready yet was seen first
 
     async def reconcile(self, key: Key) -> float | None:
@@ -177,7 +178,13 @@ class Reconciler:
             if isinstance(decision.action, Rest):
                 wrote = await self._write_status(now, observation, decision)
                 if wrote and (ending(observation) is not None or past_deadline(observation)):
-                    continue  # how it ended, or why it is to end, is safe now: the consequences
+                    # How it ended, or why it is to end, is safe now. The consequences come after what waits: of many
+                    # that end at once each is told before any is cleared away.
+                    if now.key in self._told and now.last is None:
+                        return self._backoff(now.key)  # what was written does not stay
+                    self._told.add(now.key)
+                    return 0.0
+                self._told.discard(now.key)
                 self._settled(now.key, decision)
                 return decision.requeue_after
             if not now.current and _unchecked(observation, decision.action):
@@ -318,6 +325,7 @@ class Reconciler:
         self._observer.forget(key)
         self._failures.pop(key, None)
         self._unschedulable.discard(key)
+        self._told.discard(key)
         self._since.pop(key, None)
 
     def _wake(self, key: Key) -> None:

@@ -81,6 +81,31 @@ async def test_an_exit_is_written_before_the_node_forgets(
     assert world.condition(key, "Reconciling") is None
 
 
+async def test_of_many_that_end_at_once_each_is_told_before_any_is_cleared_away(world: World) -> None:
+    keys = [world.kube.create(name) for name in ("a", "b", "c")]
+    for key in keys:
+        await world.settle(key)
+        world.shim.exit(f"{key.uid}-1", 3)
+    before = len(world.shim.calls)
+    assert [await world.reconciler.reconcile(key) for key in keys] == [0.0, 0.0, 0.0]
+    assert [world.status(key)["exitStatus"] for key in keys] == [3, 3, 3]
+    assert len(world.shim.calls) == before
+    assert [await world.reconciler.reconcile(key) for key in keys] == [None, None, None]
+    assert world.shim.records == {}
+
+
+async def test_an_end_that_does_not_stay_written_is_not_written_without_pause(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by an API server that drops what a newer operator writes."""
+    key = await running(world)
+    world.shim.exit(f"{key.uid}-1", 3)
+    monkeypatch.setattr("sandkeeper.control.status.changed", lambda *_args, **_options: True)
+    waits = [await world.reconciler.reconcile(key) for _ in range(5)]
+    assert world.shim.records == {}
+    assert all(wait is not None and wait >= 0.1 for wait in waits[2:])
+
+
 async def test_an_ended_sandbox_needs_no_node(world: World) -> None:
     key = await running(world)
     world.shim.exit(f"{key.uid}-1", 0)
