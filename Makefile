@@ -61,8 +61,8 @@ check: $(VENV)/.ready ## All that needs no cluster: lint, types, layers, drift, 
 	@$(bin)/lint-imports --no-timing 2>/dev/null || $(bin)/lint-imports
 	@$(py) -m pytest tests/unit -q $(PYTEST_ARGS)
 
-bench: setup ## The figures of the README, into build/bench.json
-	@$(py) -m bench
+bench: setup ## The figures of the README, into build/bench.json and docs/images/scale.png
+	@$(py) -m bench --plot docs/images/scale.png
 
 crds: $(VENV)/.ready ## Generate crds/ and docs/reference.md from the pydantic models
 	@$(py) hack/gen-api.py

@@ -24,6 +24,8 @@ Wanted = Callable[[Body], bool]
 """Asked about each state of an object; {} is one that is gone."""
 
 _ROOT = f"/apis/{API_VERSION}/namespaces/{{}}/{SANDBOXES}"
+CONNECTIONS = 64
+"""Beside the watch. One per Sandbox would be measured with it: a TLS handshake costs as much as a request or two."""
 _ENDLESS = aiohttp.ClientTimeout(total=None)
 
 
@@ -211,7 +213,9 @@ def connection(kubeconfig: Path) -> tuple[str, ssl.SSLContext]:
 async def watching(kubeconfig: Path, namespace: str) -> AsyncIterator[Watcher]:
     """A Watcher on a local cluster (its kubeconfig names files: CA, client certificate and key)."""
     server, context = connection(kubeconfig)
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context, limit=0)) as session:
+    async with aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(ssl=context, limit=CONNECTIONS + 1)
+    ) as session:
         watcher, started = Watcher(session, server, namespace), asyncio.Event()
 
         async def follow() -> None:

@@ -79,8 +79,8 @@ class Records:
         """Writes a new sandbox durably."""
         folder = self._folder(saved.record.sandbox_id)
         folder.mkdir(mode=0o700, exist_ok=True)
-        _replace(folder / "config.json", _dump(saved.config), sync=True)
-        self.save(saved, sync=True)
+        _write(folder / "config.json", _dump(saved.config), sync=True)
+        self.save(saved, sync=True)  # and with it the folder that both are in
         _sync_folder(self._sandboxes)
 
     def save(self, saved: Saved, *, sync: bool = False) -> None:
@@ -194,6 +194,13 @@ def _dump(message: node_pb2.SandboxConfig) -> bytes:
 
 
 def _replace(path: Path, data: bytes, *, sync: bool) -> None:
+    _write(path, data, sync=sync)
+    if sync:
+        _sync_folder(path.parent)
+
+
+def _write(path: Path, data: bytes, *, sync: bool) -> None:
+    """As `_replace`, but for the name: that is on disk when the folder is."""
     fresh = path.with_name(f"{path.name}{_HALF}")
     handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -205,8 +212,6 @@ def _replace(path: Path, data: bytes, *, sync: bool) -> None:
     finally:
         os.close(handle)
     os.replace(fresh, path)  # noqa: PTH105 - on the hot path
-    if sync:
-        _sync_folder(path.parent)
 
 
 def _sync_folder(path: Path) -> None:
