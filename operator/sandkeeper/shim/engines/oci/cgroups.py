@@ -57,9 +57,12 @@ _MOUNT_OPTIONS = frozenset(("rw", "ro", "xattr", "clone_children", "noprefix", "
 
 
 class Cgroups:
-    """parent: name of the cgroup above all sandboxes."""
+    """parent: name of the cgroup above all sandboxes.
 
-    def __init__(self, parent: str, *, mountinfo: str | None = None) -> None:
+    hide_v2: where v2 is mounted beside v1, runtimes do not see it. Else they make cgroups there as well.
+    """
+
+    def __init__(self, parent: str, *, hide_v2: bool = True, mountinfo: str | None = None) -> None:
         if mountinfo is None:
             mountinfo = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
         self.hierarchies, unified = find_mounts(mountinfo)
@@ -70,7 +73,13 @@ class Cgroups:
                 raise EngineError("NodeUnsupported", "no cgroup file system is mounted")
             self.hierarchies = (Mount(unified, frozenset(("unified",))),)
         # Mount points that a runtime must not see: v2 beside v1.
-        self.hidden = () if self.v2 or unified is None else (str(unified),)
+        self.hidden: tuple[str, ...] = ()
+        self._beside: tuple[Mount, ...] = ()
+        if not self.v2 and unified is not None:
+            if hide_v2:
+                self.hidden = (str(unified),)
+            else:
+                self._beside = (Mount(unified, frozenset()),)
 
     def path(self, sandbox_id: str, container: str = "") -> str:
         """As the OCI spec's `linux.cgroupsPath` has it."""
@@ -90,7 +99,12 @@ class Cgroups:
         return self.hierarchies[0].point
 
     def _each(self, relative: str) -> list[Path]:
-        return [each.point / relative.lstrip("/") for each in self.hierarchies]
+        """Wherever there may be a cgroup of ours."""
+        return [each.point / relative.lstrip("/") for each in (*self.hierarchies, *self._beside)]
+
+    @property
+    def _monitors(self) -> list[Path]:
+        return [each.point / self.parent / MONITORS for each in self.hierarchies]
 
     def make_parent(self) -> None:
         """The cgroups that all sandboxes share. Raises EngineError where they cannot be made."""
@@ -125,7 +139,7 @@ class Cgroups:
         """v1: moves the calling thread, and so what it will run, to the monitors' cgroup. v2 knows no such
         thing: see `adopt`."""
         if not self.v2:
-            for folder in self._each(f"/{self.parent}/{MONITORS}"):
+            for folder in self._monitors:
                 with contextlib.suppress(OSError):
                     (folder / "tasks").write_text(str(threading.get_native_id()))
 
@@ -136,7 +150,7 @@ class Cgroups:
         cgroup_threadgroup_rwsem), those soon after do not: done while the caller goes on, it spares
         the next runtime that wait.
         """
-        for folder in self._each(f"/{self.parent}/{MONITORS}"):
+        for folder in self._monitors:
             with contextlib.suppress(OSError):
                 (folder / "cgroup.procs").write_text(str(pid))
 
@@ -144,7 +158,7 @@ class Cgroups:
         """Every process that is in the monitors' cgroup as a whole: a runtime that is under way among them, a shim
         with its threads there not. None on v2."""
         found: list[set[int]] = []
-        for folder in self._each(f"/{self.parent}/{MONITORS}"):
+        for folder in self._monitors:
             for name in ("cgroup.procs", "tasks"):
                 try:
                     found.append({int(line) for line in (folder / name).read_text().split()})
@@ -217,12 +231,15 @@ class Cgroups:
             return None
         return UsageSample(cpu_usage_usec=cpu, memory_bytes=memory, pids=pids)
 
+    def oom_events(self, sandbox_id: str, container: str) -> Path:
+        """The file in which the kernel counts `oom_kill`."""
+        name = "memory.events" if self.v2 else "memory.oom_control"
+        return self._of("memory") / self.path(sandbox_id, container).lstrip("/") / name
+
     def oom_kills(self, sandbox_id: str, container: str) -> int:
         """Processes of a container that the kernel killed for memory."""
-        relative = self.path(sandbox_id, container).lstrip("/")
-        name = "memory.events" if self.v2 else "memory.oom_control"
         try:
-            text = (self._of("memory") / relative / name).read_text()
+            text = self.oom_events(sandbox_id, container).read_text()
             return int(dict(line.split()[:2] for line in text.splitlines()).get("oom_kill", "0"))
         except (OSError, ValueError):
             return 0

@@ -86,7 +86,7 @@ class Containers:
         for container in config.containers:
             first = folder.container(container.name).attempt(0)
             if not first.started.exists():
-                filesystems.make_attempt(first, str(images[container.name].rootfs))
+                self._make_root(first, images[container.name])
 
     def _make(self, folder: SandboxFolder, config: node_pb2.SandboxConfig) -> None:
         """What a restart of the machine takes."""
@@ -220,21 +220,18 @@ class Containers:
                 self._clear(sandbox, older, runtime, keep_log=older.attempt == attempt - 1)
         began = time.perf_counter()
         filesystems.make_volumes(sandbox, config, self._options)
-        filesystems.make_attempt(folder, str(image.rootfs))
+        self._make_root(folder, image)
         binds = filesystems.binds(sandbox, folder, container)
         document = self._spec(sandbox, config, container, image, process.pid, binds)
         folder.config.write_text(json.dumps(document))
         built = time.perf_counter()
         try:
-            pid = monitor.create(
-                self._options.conmon, runtime, sandbox.runtime_root, folder,
-                self._options.log_max_bytes // 2, self._cgroups, self._options.runtime_timeout,
-            )  # fmt: skip
+            pid = self._create(sandbox, folder, runtime)
             created = time.perf_counter()
             caps = spec.capabilities(container, self._options.allowed_capabilities)
             self._seccomp.learn(caps, sandbox.runtime_root / folder.runtime_id)
             ref = ProcessRef.of(pid)
-            self._runtime(sandbox, runtime, "start", folder.runtime_id)
+            self._run(sandbox, folder, runtime)
         except EngineError:
             self._clear(sandbox, folder, runtime, keep_log=True)
             raise
@@ -252,7 +249,7 @@ class Containers:
         return pid
 
     def _record(self, folder: AttemptFolder, process: ProcessRef) -> Started:
-        watching = monitor.find(folder)
+        watching = self._monitor(folder)
         started = Started(process, watching)
         write_json(
             folder.started,
@@ -281,6 +278,27 @@ class Containers:
         self._clear(sandbox, folder, runtime, keep_log=False)
         return None
 
+    # -- one attempt's parts: what another engine does in another way
+
+    def _make_root(self, folder: AttemptFolder, image: Image) -> None:
+        """Its root file system and folders; what is there already is kept. Raises EngineError."""
+        filesystems.make_attempt(folder, str(image.rootfs))
+
+    def _create(self, sandbox: SandboxFolder, folder: AttemptFolder, runtime: str) -> int:
+        """Has the runtime create what folder.config says, and a monitor watch it. Returns the pid of the process,
+        which waits for `_run`. Raises EngineError."""
+        return monitor.create(
+            self._options.conmon, runtime, sandbox.runtime_root, folder,
+            self._options.log_max_bytes // 2, self._cgroups, self._options.runtime_timeout,
+        )  # fmt: skip
+
+    def _monitor(self, folder: AttemptFolder) -> ProcessRef | None:
+        """Who watches it; may have ended."""
+        return monitor.find(folder)
+
+    def _run(self, sandbox: SandboxFolder, folder: AttemptFolder, runtime: str) -> None:
+        self._runtime(sandbox, runtime, "start", folder.runtime_id)
+
     def _state(self, sandbox: SandboxFolder, folder: AttemptFolder, runtime: str) -> str:
         """The runtime's word for a container (OCI runtime-spec, State); empty where it knows none."""
         if not (sandbox.runtime_root / folder.runtime_id).exists():
@@ -301,14 +319,21 @@ class Containers:
         if result.status != 0:
             raise EngineError("StartError", result.words or f"{arguments[0]} ended with {result.status}")
 
-    def _clear(self, sandbox: SandboxFolder, folder: AttemptFolder, runtime: str, *, keep_log: bool) -> None:
-        """Leaves nothing of an attempt but, where asked, its log."""
-        watching = monitor.find(folder)
+    def _delete(self, sandbox: SandboxFolder, folder: AttemptFolder, runtime: str) -> None:
+        """Ends it, and has the runtime forget it."""
         if (sandbox.runtime_root / folder.runtime_id).exists():
             tools.run(
                 [runtime, f"--root={sandbox.runtime_root}", "delete", "--force", folder.runtime_id],
                 self._options.runtime_timeout,
             )
+
+    def _remove_rest(self, folder: SandboxFolder) -> None:
+        """What a sandbox has left outside of its folders and cgroups. Its processes have ended. Raises EngineError."""
+
+    def _clear(self, sandbox: SandboxFolder, folder: AttemptFolder, runtime: str, *, keep_log: bool) -> None:
+        """Leaves nothing of an attempt but, where asked, its log."""
+        watching = self._monitor(folder)
+        self._delete(sandbox, folder, runtime)
         if watching is not None:
             monitor.end(watching, _MONITOR_SECONDS)
         self._cgroups.remove_container(folder.sandbox_id, folder.container)
@@ -327,14 +352,16 @@ class Containers:
         """Leaves nothing. Raises EngineError `RemoveFailed` where something does not go."""
         folder = self.folder(sandbox_id)
         if not any((folder.path.exists(), folder.run.exists(), self._cgroups.exists(sandbox_id))):
+            self._remove_rest(folder)
             return
-        watching = [ref for attempt in folder.attempts() if (ref := monitor.find(attempt)) is not None]
+        watching = [ref for attempt in folder.attempts() if (ref := self._monitor(attempt)) is not None]
         self._cgroups.kill(sandbox_id)
         for ref in watching:
             monitor.end(ref, _MONITOR_SECONDS)
         # A runtime that was just making a process under a monitor may have made it after the first look.
         self._cgroups.kill(sandbox_id)
         self._end_process(folder)
+        self._remove_rest(folder)
         filesystems.unmount_all(folder)
         self._cgroups.remove(sandbox_id)
         for each in (folder.run, folder.path):

@@ -27,11 +27,10 @@ from sandkeeper.shim.engines.base import (
 )
 from sandkeeper.shim.engines.oci import (
     containers,
+    earlier,
     exits,
     logs,
-    monitor,
     notes,
-    pause,
     runtimes,
     seccomp,
     sessions,
@@ -42,7 +41,7 @@ from sandkeeper.shim.engines.oci.folders import AttemptFolder, SandboxFolder
 from sandkeeper.shim.engines.oci.images import Image, ImageStore
 from sandkeeper.shim.engines.oci.images.types import Progress as ImageProgress
 from sandkeeper.shim.engines.oci.options import Options
-from sandkeeper.shim.engines.oci.processes import ProcessRef, read_json, write_json
+from sandkeeper.shim.engines.oci.processes import read_json, write_json
 from sandkeeper.shim.engines.oci.threads import Locks, Threads
 from sandkeeper.wire import node_pb2
 
@@ -80,68 +79,51 @@ class OCIEngine(Engine):
 
     async def open(self) -> None:
         if os.geteuid() != 0:
-            raise EngineError("NodeUnsupported", "the oci engine must be run as root")
-        for program in (self._options.conmon, self._options.catatonit):
+            raise EngineError("NodeUnsupported", f"the {self.name} engine must be run as root")
+        for program in self._programs():
             if shutil.which(program, path=_path()) is None:
                 raise EngineError("NodeUnsupported", f"{program} is not installed")
         for root in (self._options.root_dir, self._options.run_root):
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
         await self._images.open()
-        self._cgroups = Cgroups(self._options.cgroup_parent)
+        self._cgroups = self._make_cgroups()
         self._cgroups.make_parent()
-        await asyncio.to_thread(self._end_left_calls)
+        await asyncio.to_thread(earlier.end_calls, self._cgroups)
         profile = seccomp.Seccomp(seccomp.load(self._options.seccomp_profile))
         try:
-            self._threads = Threads(
-                self._options.concurrency,
-                adopt=self._survivor(),
-                hide=self._cgroups.hidden,
-                prepare=self._cgroups.enter_thread,
-            )
+            self._threads = self._make_threads()
         except OSError as error:
             raise EngineError("NodeUnsupported", f"mount namespace: {error}") from None
-        self._runtimes = await self._threads.run(
-            lambda: runtimes.probe_all(self._options, self._cgroups, profile)
-        )
+        self._runtimes = await self._threads.run(lambda: self._probe(profile))
         self._order = runtimes.ordered(self._runtimes, self._options.default_runtime)
         if not any(info.ready for info in self._order):
             reasons = "; ".join(f"{info.name}: {info.message}" for info in self._order)
             raise EngineError("NodeUnsupported", f"no runtime works: {reasons}")
-        self._containers = containers.Containers(self._options, self._cgroups, profile, self._threads)
+        self._containers = self._make_containers(profile)
 
-    def _end_left_calls(self) -> None:
-        """Ends what an earlier shim was calling when it was killed, such as a runtime that hangs: its answer would
-        reach nobody. On v2 it is in that shim's own cgroup, and not ours to find."""
-        for pid in self._cgroups.in_monitors():
-            with contextlib.suppress(OSError):
-                ref, process = ProcessRef.of(pid), Path(f"/proc/{pid}")
-                words, environment = (
-                    (process / name).read_bytes().split(b"\0") for name in ("cmdline", "environ")
-                )
-                if ref is not None and not monitor.is_any(words) and not pause.is_any(environment):
-                    log.warning(
-                        "left-over process ended",
-                        extra={"pid": pid, "program": words[0].decode(errors="replace")},
-                    )
-                    ref.send(SIGKILL)
+    # What another engine does in another way.
 
-    def _survivor(self) -> int:
-        """A process that lives in an earlier shim's mount namespace; 0 where there is none."""
-        own = os.readlink("/proc/self/ns/mnt")  # noqa: PTH115 - not a path
-        root = self._options.run_root / "sandboxes"
-        for name in sorted(each.name for each in root.iterdir()) if root.exists() else ():
-            with contextlib.suppress(EngineError, OSError):
-                folder = SandboxFolder.under(self._options.root_dir, self._options.run_root, name)
-                candidates = [ProcessRef.from_json(read_json(folder.process) or {})]
-                candidates += [monitor.find(attempt) for attempt in folder.attempts()]
-                for ref in candidates:
-                    if ref is None or not ref.alive():
-                        continue
-                    # One with a root of its own (containerd's `rootfs`) has a mount namespace with nothing else in it.
-                    with_our_root = Path(f"/proc/{ref.pid}/root").samefile("/")
-                    if with_our_root and os.readlink(f"/proc/{ref.pid}/ns/mnt") != own:  # noqa: PTH115
-                        return ref.pid
-        return 0
+    def _programs(self) -> tuple[str, ...]:
+        """Without which the engine cannot work."""
+        return (self._options.conmon, self._options.catatonit)
+
+    def _make_cgroups(self) -> Cgroups:
+        """Raises EngineError `NodeUnsupported`."""
+        return Cgroups(self._options.cgroup_parent)
+
+    def _make_threads(self) -> Threads:
+        return Threads(
+            self._options.concurrency,
+            adopt=earlier.survivor(self._options),
+            hide=self._cgroups.hidden,
+            prepare=self._cgroups.enter_thread,
+        )
+
+    def _probe(self, profile: seccomp.Seccomp) -> Mapping[str, runtimes.Runtime]:
+        return runtimes.probe_all(self._options, self._cgroups, profile)
+
+    def _make_containers(self, profile: seccomp.Seccomp) -> containers.Containers:
+        return containers.Containers(self._options, self._cgroups, profile, self._threads)
 
     async def close(self) -> None:
         for task in self._watching.values():
@@ -367,23 +349,35 @@ class OCIEngine(Engine):
             raise EngineError("Paused", "the sandbox is paused")
         if not command or not command[0] or any("\0" in each for each in command):
             raise EngineError("InvalidConfig", "command: must not be empty or hold NUL")
-        sandbox = self._containers.folder(sandbox_id)
-        runtime = notes.read_runtime(sandbox)
 
         def begin() -> ExecSession:
             process = {**read_json(folder.config)["process"], "args": command, "terminal": tty}
             if tty and size:
                 process["consoleSize"] = {"width": size[0], "height": size[1]}
             files = Path(tempfile.mkdtemp(prefix="exec-", dir=folder.run))
-            write_json(files / "process.json", process)
-            argv = [
-                *(runtime, f"--root={sandbox.runtime_root}", "exec", "--pid-file", str(files / "pid")),
-                *(["--tty"] if tty else []),
-                *("--process", str(files / "process.json"), folder.runtime_id),
-            ]
-            return sessions.spawn(argv, files, tty=tty, stdin=stdin, size=size)
+            return self._execute(folder, files, process, stdin=stdin, size=size)
 
         return await self._threads.run(begin)
+
+    def _execute(
+        self,
+        folder: AttemptFolder,
+        files: Path,
+        process: dict[str, Any],
+        *,
+        stdin: bool,
+        size: tuple[int, int] | None,
+    ) -> ExecSession:
+        """process: as in the OCI configuration. files: a folder for the session alone, which removes it."""
+        write_json(files / "process.json", process)
+        sandbox, tty = self._containers.folder(folder.sandbox_id), bool(process["terminal"])
+        argv = [
+            *(notes.read_runtime(sandbox), f"--root={sandbox.runtime_root}"),
+            *("exec", "--pid-file", str(files / "pid")),
+            *(["--tty"] if tty else []),
+            *("--process", str(files / "process.json"), folder.runtime_id),
+        ]
+        return sessions.spawn(argv, files, tty=tty, stdin=stdin, size=size)
 
     async def logs(
         self, sandbox_id: str, container: str, *, follow: bool, tail_lines: int, timestamps: bool

@@ -18,10 +18,12 @@ from pathlib import Path
 from sandkeeper.shim.engines.base import EngineError
 from sandkeeper.shim.engines.oci.cgroups import Cgroups
 from sandkeeper.shim.engines.oci.folders import AttemptFolder
-from sandkeeper.shim.engines.oci.processes import ProcessRef
+from sandkeeper.shim.engines.oci.processes import ProcessRef, reap
 from sandkeeper.shim.engines.oci.tools import ENVIRONMENT, clean
 
 _MAX_MESSAGE = 64 * 1024
+MARK = b"--sandkeeper-monitor"
+"""Among the arguments of another engine's monitors."""
 
 
 def create(
@@ -147,7 +149,7 @@ def find(folder: AttemptFolder) -> ProcessRef | None:
 
 def is_any(words: list[bytes]) -> bool:
     """Whether a command line is a monitor's."""
-    return b"--conmon-pidfile" in words
+    return b"--conmon-pidfile" in words or MARK in words
 
 
 def end(monitor: ProcessRef, seconds: float) -> None:
@@ -155,3 +157,4 @@ def end(monitor: ProcessRef, seconds: float) -> None:
     if not monitor.join(seconds):
         monitor.send(signal.SIGKILL)
         monitor.join(5.0)
+    reap(monitor.pid)

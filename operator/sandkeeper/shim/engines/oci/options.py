@@ -53,21 +53,21 @@ class Options:
         return self.run_dir or self.root_dir / "run"
 
     @classmethod
-    def from_settings(cls, settings: Any) -> Self:
-        """Takes ShimSettings (or anything shaped like it)."""
+    def from_settings(cls, settings: Any, engine: str = "oci") -> Self:
+        """Takes ShimSettings (or anything shaped like it). engine: whose folders, and whose section comes first."""
         oci = getattr(settings, "oci", settings)
         values: dict[str, Any] = {}
         for each in dataclasses.fields(cls):
-            for source in (oci, settings):
+            for source in (getattr(settings, engine, oci), oci, settings):
                 value = getattr(source, each.name, None)
                 if value not in (None, "", (), [], {}):
                     values[each.name] = value
                     break
         if "root_dir" not in values:
-            values["root_dir"] = Path(settings.state_dir) / "oci"
+            values["root_dir"] = Path(settings.state_dir) / engine
         if not isinstance(values.get("runtimes", {}), Mapping):
             values["runtimes"] = {str(name).rpartition("/")[2]: str(name) for name in values["runtimes"]}
         values["root_dir"] = Path(values["root_dir"]).absolute()
         if "run_dir" in values:
-            values["run_dir"] = Path(values["run_dir"]).absolute() / "oci"
+            values["run_dir"] = Path(values["run_dir"]).absolute() / engine
         return cls(**values)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sandkeeper.shim.engines.base import EngineError, RuntimeInfo
 from sandkeeper.shim.engines.oci import tools
@@ -22,6 +24,7 @@ from sandkeeper.wire import node_pb2
 
 _PROBES = 2
 _PROBE_SECONDS = 20.0
+PROBE = node_pb2.ContainerConfig(name="probe", command=["/catatonit", "--version"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ def probe(name: str, program: str, options: Options, cgroups: Cgroups, seccomp: 
     if path is None:
         return Runtime(RuntimeInfo(name, message=f"{program} is not installed"), program)
     try:
-        version = _version(tools.run([path, "--version"], _PROBE_SECONDS))
+        version = version_of(path)
         shortest = min(_run_container(path, options, cgroups, seccomp) for _ in range(_PROBES))
     except (EngineError, OSError) as error:
         message = error.message if isinstance(error, EngineError) else str(error)
@@ -62,19 +65,34 @@ def probe(name: str, program: str, options: Options, cgroups: Cgroups, seccomp: 
     return Runtime(RuntimeInfo(name, version=version, ready=True), path, shortest)
 
 
+def version_of(program: str) -> str:
+    """As it says itself. Raises OSError."""
+    return _version(tools.run([program, "--version"], _PROBE_SECONDS))
+
+
 def _version(result: tools.Result) -> str:
     first = result.output.splitlines()[0] if result.output else ""
     return first.rpartition("version ")[2].strip()
 
 
-def _run_container(program: str, options: Options, cgroups: Cgroups, seccomp: Seccomp) -> float:
-    """Seconds that a whole container takes. Raises EngineError with the runtime's words."""
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A container that does nothing but end, with the defences and limits of a real one."""
+
+    folder: Path
+    name: str
+    document: dict[str, Any]
+
+
+@contextlib.contextmanager
+def bundle(options: Options, cgroups: Cgroups, seccomp: Seccomp) -> Iterator[Bundle]:
+    """Its folder is there as long as it is looked at; its cgroup goes as well. Raises EngineError, OSError."""
     catatonit = shutil.which(options.catatonit, path=tools.ENVIRONMENT["PATH"])
     if catatonit is None:
         raise EngineError("NodeUnsupported", f"{options.catatonit} is not installed")
     options.root_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(prefix="probe-", dir=options.root_dir) as bundle:
-        folder = Path(bundle)
+    with tempfile.TemporaryDirectory(prefix="probe-", dir=options.root_dir) as place:
+        folder = Path(place)
         name = folder.name.replace("_", "x")
         for each in ("rootfs/dev", "rootfs/proc", "rootfs/sys"):
             (folder / each).mkdir(parents=True)
@@ -88,21 +106,29 @@ def _run_container(program: str, options: Options, cgroups: Cgroups, seccomp: Se
             cgroup_v2=cgroups.v2,
             swap_accounting=cgroups.has_swap_accounting,
         )
-        container = node_pb2.ContainerConfig(name="probe", command=["/catatonit", "--version"])
-        document = build(container, ImageConfig(), around, options, seccomp)
+        document = build(PROBE, ImageConfig(), around, options, seccomp)
         (folder / "config.json").write_text(json.dumps(document))
-        runtime = [program, f"--root={folder / 'runtime'}"]
+        try:
+            yield Bundle(folder, name, document)
+        finally:
+            cgroups.remove(name)
+
+
+def _run_container(program: str, options: Options, cgroups: Cgroups, seccomp: Seccomp) -> float:
+    """Seconds that a whole container takes. Raises EngineError with the runtime's words."""
+    with bundle(options, cgroups, seccomp) as made:
+        runtime = [program, f"--root={made.folder / 'runtime'}"]
         began = time.monotonic()
         try:
-            result = tools.run([*runtime, "run", "--bundle", str(folder), name], _PROBE_SECONDS)
+            result = tools.run([*runtime, "run", "--bundle", str(made.folder), made.name], _PROBE_SECONDS)
             took = time.monotonic() - began
             if result.status != 0:
                 raise EngineError("NodeUnsupported", result.words or f"exit status {result.status}")
             # Created once more, not started: what a runtime leaves of its seccomp filter spares it work later.
-            if not seccomp.annotations(capabilities(container)):
-                tools.run([*runtime, "create", "--bundle", str(folder), name], _PROBE_SECONDS, quiet=True)
-                seccomp.learn(capabilities(container), folder / "runtime" / name)
+            if not seccomp.annotations(capabilities(PROBE)):
+                create = [*runtime, "create", "--bundle", str(made.folder), made.name]
+                tools.run(create, _PROBE_SECONDS, quiet=True)
+                seccomp.learn(capabilities(PROBE), made.folder / "runtime" / made.name)
             return took
         finally:
-            tools.run([*runtime, "delete", "--force", name], _PROBE_SECONDS)
-            cgroups.remove(name)
+            tools.run([*runtime, "delete", "--force", made.name], _PROBE_SECONDS)

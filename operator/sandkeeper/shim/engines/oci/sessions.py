@@ -19,8 +19,8 @@ from sandkeeper.shim.engines.oci import monitor
 from sandkeeper.shim.engines.oci.processes import ProcessRef, readable
 from sandkeeper.shim.engines.oci.tools import ENVIRONMENT
 
-_CHUNK = 64 * 1024
-_MAX_SIZE = 2**16 - 1  # struct winsize has 16 bits for each
+CHUNK = 64 * 1024
+MAX_SIZE = 2**16 - 1  # struct winsize has 16 bits for each
 Stream = Literal["stdout", "stderr"]
 
 
@@ -79,7 +79,7 @@ def spawn(argv: list[str], files: Path, *, tty: bool, stdin: bool, size: tuple[i
 
 
 def _set_size(fd: int, width: int, height: int) -> None:
-    width, height = min(width, _MAX_SIZE), min(height, _MAX_SIZE)
+    width, height = min(width, MAX_SIZE), min(height, MAX_SIZE)
     fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
 
 
@@ -104,7 +104,7 @@ class Session(ExecSession):
             try:
                 view = view[os.write(self._stdin, view) :]
             except BlockingIOError:
-                await _ready(self._stdin, write=True)
+                await ready(self._stdin, write=True)
             except OSError:  # it reads no more
                 return
 
@@ -182,14 +182,14 @@ async def _read(fd: int) -> bytes:
     """Some bytes; none at the end."""
     while True:
         try:
-            return os.read(fd, _CHUNK)
+            return os.read(fd, CHUNK)
         except BlockingIOError:
-            await _ready(fd, write=False)
+            await ready(fd, write=False)
         except OSError:  # EIO: the other end of the terminal is closed
             return b""
 
 
-async def _ready(fd: int, *, write: bool) -> None:
+async def ready(fd: int, *, write: bool) -> None:
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
     add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
