@@ -23,6 +23,10 @@ def make_engine(settings: ShimSettings) -> Engine:
         from sandkeeper.shim.engines.simulated import SimulatedEngine
 
         return SimulatedEngine(settings)
+    if settings.engine == "containerd":
+        from sandkeeper.shim.engines.containerd import ContainerdEngine
+
+        return ContainerdEngine(settings)
     from sandkeeper.shim.engines.oci import OCIEngine
 
     return OCIEngine(settings)

@@ -68,6 +68,26 @@ class OCISettings(BaseModel):
     image_disk_low: int = Field(80, ge=1, le=100, description="Percent of disk in use that ends it.")
 
 
+class ContainerdSettings(BaseModel):
+    """The containerd engine. What it does not name is as in `oci`: limits, images' sources, cgroup_parent."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    socket: Path = Field(Path("/run/containerd/containerd.sock"), description="containerd's socket.")
+    namespace: str = Field(
+        "sandkeeper",
+        pattern=r"^[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*$",
+        max_length=76,
+        description="containerd's namespace, for this shim alone.",
+    )
+    snapshotter: str = Field("overlayfs", min_length=1, description="Which of containerd's snapshotters.")
+    runtimes: dict[str, str] = Field(
+        default_factory=dict,
+        description="Name -> program that io.containerd.runc.v2 calls, or containerd's name of another runtime; "
+        "default: the programs in oci.runtimes.",
+    )
+
+
 class SimulatedSettings(BaseModel):
     """The simulated engine: no processes."""
 
@@ -105,8 +125,9 @@ class ShimSettings(BaseSettings):
     allowed_clients: Annotated[tuple[str, ...], NoDecode] = Field(
         (OPERATOR_IDENTITY,), description="Names in client certificates that may call, comma-separated."
     )
-    engine: Literal["oci", "simulated"] = Field("oci", description="How processes are made.")
+    engine: Literal["oci", "containerd", "simulated"] = Field("oci", description="How processes are made.")
     oci: OCISettings = OCISettings()
+    containerd: ContainerdSettings = ContainerdSettings()
     simulated: SimulatedSettings = SimulatedSettings()
     failpoints: dict[str, str] = Field(
         default_factory=dict,
