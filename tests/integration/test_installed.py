@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tests.cluster import condition_of, eventually, leaks_of
 from tests.faults.recorders import Objects
 from tests.histories import violations
@@ -114,6 +116,70 @@ def test_every_object_says_what_it_is_part_of(cluster: Installed, folder: Path) 
         assert labels.get("app.kubernetes.io/part-of") == "sandkeeper", each["metadata"]
         generated = each["kind"] == "CustomResourceDefinition"
         assert generated or "app.kubernetes.io/name" in labels, each["metadata"]
+
+
+def test_components_join_a_kustomization_of_ones_own(cluster: Installed, tmp_path: Path) -> None:
+    """The step of docs/install.md, with the image pinned by digest."""
+    there = Path(os.path.relpath(MANIFESTS, tmp_path.resolve()))
+    components = [str(there / "components" / each.name) for each in (MANIFESTS / "components").iterdir()]
+    digest = f"sha256:{'0' * 64}"
+    image = {"name": "sandkeeper", "newName": "registry.example/sandkeeper", "digest": digest}
+    own = {"resources": [str(there)], "components": components, "images": [image]}
+    (tmp_path / "kustomization.yaml").write_text(json.dumps(own))
+    found = built(cluster.kubectl, tmp_path)
+    kinds = {each["kind"] for each in found}
+    assert {"ServiceMonitor", "PrometheusRule", "ConfigMap"} <= kinds
+    pods = [each["spec"]["template"]["spec"] for each in found if each["kind"] in ("Deployment", "DaemonSet")]
+    images = {container["image"] for pod in pods for container in pod["containers"]}
+    assert images == {f"registry.example/sandkeeper@{digest}"}
+    for each in found:
+        assert each["metadata"]["labels"]["app.kubernetes.io/part-of"] == "sandkeeper"
+
+
+def test_every_node_gets_its_sandboxnode(cluster: Installed) -> None:
+    """The step of docs/install.md."""
+    admin = cluster.kubectl
+    addresses = {"worker-1": ["198.51.100.1"], "worker-2": ["198.51.100.2", "198.51.100.3"], "unheard": []}
+    for name, internal in addresses.items():
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {"zone": "a"}}}
+        admin("create", "-f", "-", input=json.dumps(node))
+        found = [
+            {"type": "Hostname", "address": name},
+            *({"type": "InternalIP", "address": ip} for ip in internal),
+        ]
+        patch = json.dumps({"status": {"addresses": found}})
+        admin("patch", "node", name, "--subresource=status", "--type=merge", "-p", patch)
+    text = admin("get", "nodes", "-o", f"go-template-file={MANIFESTS / 'sandboxnodes.gotemplate'}")
+    admin("apply", "-f", "-", input=text)
+    try:
+        for name, internal in addresses.items():
+            made = admin("get", "sandboxnode", name, "-o", "json", "--ignore-not-found")
+            assert bool(made) == bool(internal)
+            if made:
+                assert json.loads(made)["spec"]["address"] == f"{internal[0]}:7443"
+                assert json.loads(made)["spec"]["serverName"] == name
+                assert json.loads(made)["metadata"]["labels"] == {"zone": "a"}
+    finally:
+        admin("delete", "sandboxnode", "worker-1", "worker-2", "--ignore-not-found")
+        admin("delete", "node", *addresses)
+
+
+def test_argo_cds_own_configuration_stays(cluster: Installed) -> None:
+    """The step of docs/gitops.md. (kubectl apply --server-side would take over, and empty, what a client-side apply of
+    Argo CD's own manifests wrote.)"""
+    admin = cluster.kubectl
+    admin("create", "namespace", "argocd")
+    theirs = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "argocd-cm", "namespace": "argocd"},
+    }
+    admin("apply", "-f", "-", input=json.dumps({**theirs, "data": {"url": "https://argocd.example"}}))
+    patch = MANIFESTS / "argocd" / "argocd-cm.yaml"
+    admin("-n", "argocd", "patch", "configmap", "argocd-cm", "--type=merge", "--patch-file", str(patch))
+    data = json.loads(admin("-n", "argocd", "get", "configmap", "argocd-cm", "-o", "json"))["data"]
+    assert data.pop("url") == "https://argocd.example"
+    assert data == yaml.safe_load(patch.read_text())["data"]
 
 
 def pod_of(cluster: Installed, kind: str) -> Object:

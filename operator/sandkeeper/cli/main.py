@@ -17,6 +17,10 @@ _SETTINGS = {"help_option_names": ["-h", "--help"]}
         "operator": ("sandkeeper.cli.operator_command:operator", "Run the operator."),
         "local": ("sandkeeper.cli.local:local", "A whole cluster of plain processes on this machine."),
         "demo": ("sandkeeper.cli.local:demo", "From kubectl apply to an exit status in the object."),
+        "certificates": (
+            "sandkeeper.cli.certificates:certificates",
+            "A CA and the certificates of a cluster.",
+        ),
         "crds": ("sandkeeper.cli.local:crds", "Print the CustomResourceDefinitions."),
         "conformance": (
             "sandkeeper.cli.conformance_command:conformance",

@@ -55,9 +55,11 @@ class CA:
     def key(self) -> Path:
         return self.folder / "ca.key"
 
-    def server(self, name: str, hosts: tuple[str, ...]) -> TLSFiles:
-        """A server's certificate for `hosts` (DNS names or IP addresses), as <name>.crt and <name>.key."""
-        return self._issue(name, name, (), hosts, (_SERVER,))
+    def server(self, name: str, hosts: tuple[str, ...], *, file: str | None = None) -> TLSFiles:
+        """A server's certificate for `hosts` (DNS names or IP addresses), as <file>.crt and <file>.key; default:
+        `name`."""
+        # X.520's bound; what clients look at is `hosts`.
+        return self._issue(file or name, name[:64], (), hosts, (_SERVER,))
 
     def client(
         self,

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from sandkeeper.cli.main import kubectl_plugin, main
 
-COMMANDS = ["shim", "operator", "local", "demo", "crds", "conformance", "version"]
+COMMANDS = ["shim", "operator", "local", "demo", "certificates", "crds", "conformance", "version"]
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ import pytest
 import yaml
 
 from sandkeeper.control.settings import OperatorSettings
+from sandkeeper.localcluster.preflight import ENGINE
 from sandkeeper.shim.settings import ShimSettings
 
 ROOT = Path(__file__).resolve().parents[3]
 MANIFESTS = ROOT / "manifests"
-FILES = sorted(MANIFESTS.rglob("*.yaml"))
+SYSTEMD = MANIFESTS / "systemd"
+FILES = sorted(path for path in MANIFESTS.rglob("*.yaml") if path.parent != SYSTEMD)
 KUSTOMIZATIONS = [path for path in FILES if path.name == "kustomization.yaml"]
 
 
@@ -90,3 +93,39 @@ def test_settings_in_the_environment_exist() -> None:
     }
     used = {word for path in FILES for word in words(documents(path)) if word.startswith("SANDKEEPER_")}
     assert {word.partition("__")[0] for word in used} <= known.keys()
+
+
+def test_a_stopped_service_leaves_what_runs() -> None:
+    """systemd stops the shim alone, keeps its folders, and gives it no mount namespace of its own."""
+    lines = (SYSTEMD / "sandkeeper-shim.service").read_text().splitlines()
+    unit = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+    assert (unit["KillMode"], unit["RuntimeDirectoryPreserve"], unit["Restart"]) == (
+        "process",
+        "yes",
+        "always",
+    )
+    assert not [
+        key for key in unit if re.match("Private|Protect|ReadOnly|ReadWrite|Inaccessible|Temporary|Bind", key)
+    ]
+    settings = ShimSettings(config_file=SYSTEMD / "shim.yaml")
+    assert settings.server_tls is not None
+    assert f"/var/lib/{unit['StateDirectory']}" == str(settings.state_dir)
+    assert f"/run/{unit['RuntimeDirectory']}" == str(settings.run_dir)
+
+
+def test_the_image_has_what_the_engine_runs_and_no_root() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    # Busybox is the demo's image.
+    assert {need.package for need in ENGINE} - {"busybox-static"} <= set(text.split())
+    assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["65532:65532"]
+
+
+def test_kind_has_two_workers_with_certificates_and_one_pinned_image() -> None:
+    config = yaml.safe_load((ROOT / "kind-config.yaml").read_text())
+    assert [node["role"] for node in config["nodes"]] == ["control-plane", "worker", "worker"]
+    images = {node["image"] for node in config["nodes"]}
+    assert len(images) == 1
+    assert re.fullmatch(r"kindest/node:v1\.\d+\.\d+@sha256:[0-9a-f]{64}", images.pop())
+    shim = next(each for each in objects("DaemonSet"))["spec"]["template"]["spec"]
+    pki = next(volume["hostPath"]["path"] for volume in shim["volumes"] if volume["name"] == "pki")
+    assert {mount["containerPath"] for node in config["nodes"][1:] for mount in node["extraMounts"]} == {pki}
