@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tests.cluster import eventually
 
 from sandkeeper.localcluster.apiserver import Kubectl
 from sandkeeper.localcluster.cluster import OPERATOR, LocalCluster
@@ -69,13 +70,20 @@ class Installed:
         self.local.start_operator(env={**settings, **env})
         self.kubectl("wait", "sandboxnodes", "--all", "--for=condition=Ready", "--timeout=60s")
 
+    def until_operator_may_list(self, namespace: str, *, may: bool) -> None:
+        """Rights act a moment after they were given or taken."""
+        user = f"system:serviceaccount:{SYSTEM}:{OPERATOR_ACCOUNT}"
+        ask = ("auth", "can-i", "list", "sandboxes.sandkeeper.dev", "-n", namespace, "--as", user)
+        eventually(lambda: (self.kubectl.run(*ask).returncode == 0) is may, timeout=60)
+
     def stop_operator(self) -> None:
         self.local.processes.stop(OPERATOR)
 
     def requests(self) -> list[Object]:
         """What the operator asked of the API server, as that has it in its audit log."""
         user = f"system:serviceaccount:{SYSTEM}:{OPERATOR_ACCOUNT}"
-        events = [json.loads(line) for line in self.audit.read_text().splitlines()]
+        whole, _, _ = self.audit.read_text().rpartition("\n")  # a line may be in the making
+        events = [json.loads(line) for line in whole.splitlines()]
         return [each for each in events if each["user"]["username"] == user]
 
     def used(self) -> set[Right]:
