@@ -75,7 +75,9 @@ def compute(o: Observation, decision: Decision) -> SandboxStatus:
     next."""
     before = o.sandbox.status if of_this_instance(o) else SandboxStatus()
     end = ending(o)
-    record = o.record.record if isinstance(o.record, Present) else None
+    # What runs by the record, and has ended as we know, is from before the end: a Watch stream may be behind.
+    behind = end is not None and rules.live(o)
+    record = o.record.record if isinstance(o.record, Present) and not behind else None
     assignment = o.assignment
     status = SandboxStatus(
         observed_generation=o.generation,

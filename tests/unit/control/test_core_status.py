@@ -256,3 +256,13 @@ def test_config() -> None:
     assert container.volume_mounts[0].read_only
     assert config.volumes[0].memory
     assert config.volumes[0].size_limit_bytes == 2**20
+
+
+def test_a_record_from_before_the_end_tells_nothing_any_more() -> None:
+    """Our own call had the end for an answer, and the Watch stream is behind."""
+    seen = record(S.STATE_RUNNING)
+    seen.record.containers.add(name="main", state=S.CONTAINER_STATE_RUNNING, pid=8)
+    seen.record.addresses.append("10.0.0.1")
+    found = told(see(status=ended("Error", 5), record=seen))
+    assert found["exitReason"] == "Error"
+    assert (found.get("pid"), found["addresses"], found["containers"]) == (None, [], [])
