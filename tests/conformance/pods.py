@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 import uuid
@@ -23,6 +24,7 @@ from sandkeeper.wire.client import ShimClient, open_channel
 
 PAUSE, BUSYBOX = "example.test/pause:1", "example.test/busybox:1"
 NAMESPACE = "k8s.io"
+CGROUP = f"pods-{os.getpid()}"
 SUBNET = "10.231.7.0/24"
 _PLUGINS = ("/usr/lib/cni", "/opt/cni/bin")
 
@@ -56,12 +58,12 @@ def _network(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def pods(settings: dict[str, str] | None = None) -> Iterator[Sandboxer]:
+def pods(*, tasks: bool = False) -> Iterator[Sandboxer]:
     """As `sandboxer`, with CRI: its runtime handler `sandkeeper` makes pods in our shim."""
     cni = Path(tempfile.mkdtemp(prefix="sbx-cni-"))
     try:
         _network(cni)
-        with sandboxer(settings, cri=True, config=_config(cni)) as node:
+        with sandboxer(tasks=tasks, cri=True, config=_config(cni), cgroups=(CGROUP,)) as node:
             # CRI wants its pause image even where a sandboxer needs none.
             import_images(node.containerd, {PAUSE: ImageDef(), BUSYBOX: busybox_image()}, NAMESPACE)
             yield node
@@ -118,6 +120,17 @@ def pod(*, host_network: bool = False, **options: Any) -> cri_pb2.PodSandboxConf
     return cri_pb2.PodSandboxConfig(
         metadata={"name": f"pod-{uid[:8]}", "uid": uid, "namespace": "default"},
         hostname=f"pod-{uid[:8]}",
+        linux={"cgroup_parent": f"/{CGROUP}", "security_context": {"namespace_options": wishes}},
+    )
+
+
+def container(name: str, script: str, **options: Any) -> cri_pb2.ContainerConfig:
+    """One that runs a script of `sh`."""
+    wishes = {"network": cri_pb2.POD, "pid": cri_pb2.CONTAINER, "ipc": cri_pb2.POD, **options}
+    return cri_pb2.ContainerConfig(
+        metadata={"name": name},
+        image={"image": BUSYBOX},
+        command=["sh", "-c", script],
         linux={"security_context": {"namespace_options": wishes}},
     )
 

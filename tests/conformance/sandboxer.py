@@ -16,6 +16,7 @@ from google.protobuf import any_pb2
 from tests.conformance.shims import ShimHost
 from tests.containerds import containerd
 
+from sandkeeper.localcluster import containerd_sources
 from sandkeeper.localcluster.containerd import Containerd
 from sandkeeper.wire import controller_pb2, controller_pb2_grpc, node_pb2, store_pb2, store_pb2_grpc
 from sandkeeper.wire.client import open_channel
@@ -104,12 +105,21 @@ def any_of(type_url: str, value: bytes) -> any_pb2.Any:
 
 
 @contextlib.contextmanager
-def sandboxer(settings: dict[str, str] | None = None, **options: Any) -> Iterator[Sandboxer]:
-    """A shim and a containerd until the end of the block; nothing is left of either, nor of any sandbox."""
+def sandboxer(*, tasks: bool = False, **options: Any) -> Iterator[Sandboxer]:
+    """A shim and a containerd until the end of the block; nothing is left of either, nor of any sandbox.
+
+    tasks: containerd may run containers in its sandboxes.
+    """
     folder = Path(tempfile.mkdtemp(prefix="sbx-"))
-    shim = ShimHost(folder / "node", "oci", settings or {})
+    settings = {}
+    if tasks:
+        settings["SANDBOXER__TASK_SHIM"] = str(
+            containerd_sources.folder("module") / "containerd-shim-runc-v2"
+        )
+        settings["SANDBOXER__CONTAINERD_SOCKET"] = str(folder / "ctrd" / "containerd.sock")
+    shim = ShimHost(folder / "node", "oci", settings)
     try:
-        with containerd(sandboxers={NAME: shim.socket}, **options) as ctrd:
+        with containerd(folder=folder / "ctrd", sandboxers={NAME: shim.socket}, **options) as ctrd:
             shim.launch()
             try:
                 asyncio.run(shim.ready())

@@ -28,6 +28,7 @@ from sandkeeper.shim.restart import Backoff
 from sandkeeper.shim.run import Run
 from sandkeeper.shim.settings import ShimSettings
 from sandkeeper.shim.tasks import Tasks
+from sandkeeper.shim.taskservice import TaskServices
 from sandkeeper.shim.watch import Journal
 from sandkeeper.wire import node_pb2
 from sandkeeper.wire.times import to_timestamp
@@ -48,6 +49,7 @@ class Node:
     settings: ShimSettings
     starts: asyncio.Semaphore
     gone: Callable[[str], None]
+    tasks: TaskServices
 
 
 class Instance:
@@ -187,6 +189,7 @@ class Instance:
 
     async def _start(self) -> int:
         try:
+            await self._start_task_service()
             pid = await self._engine.start(self.sandbox_id, self.config)
         except EngineError as error:
             if error.retryable:
@@ -216,7 +219,21 @@ class Instance:
             raise await self._start_failed(running, list(pids), errors)
         await self._kept.update(running)
         self._run.follow()
+        self._tasks.spawn(self._end_with_task_service())
         return pid
+
+    async def _start_task_service(self) -> None:
+        if self._node.tasks.wanted(self.config):
+            process = await self._node.tasks.start(self.sandbox_id, self.config.containerd)
+            await self._engine.adopt(process.pid)
+
+    async def _end_with_task_service(self) -> None:
+        """Without it nothing can be run in the sandbox any more: its end tells containerd's client to make another."""
+        if self._node.tasks.wanted(self.config):
+            await self._node.tasks.ended(self.sandbox_id)
+            if self.live and not self.removing:
+                log.warning("task service ended", extra={"sandbox": self.sandbox_id})
+                await self._quietly(self._engine.kill(self.sandbox_id, SANDBOX_PROCESS, 0, signal.SIGKILL))
 
     async def _start_failed(
         self, running: changes.Change, started: list[str], errors: dict[str, EngineError]
@@ -297,6 +314,7 @@ class Instance:
         await self.stop(float(self.config.termination_grace_period_seconds))
         async with self._step:
             await self._tasks.cancel()
+            await self._node.tasks.end(self.sandbox_id)
             await self._engine.remove(self.sandbox_id)
             await self._kept.forget()
         self._node.gone(self.sandbox_id)
@@ -368,6 +386,7 @@ class Instance:
                 await self._run.find_ends()
             if self.live:
                 self._run.follow()
+                self._tasks.spawn(self._end_with_task_service())
         grace = float(self.config.termination_grace_period_seconds)
         if self.removing:
             self._tasks.spawn(self._quietly(self.shutdown()))

@@ -17,6 +17,7 @@ from sandkeeper.shim.instance import Instance, Node
 from sandkeeper.shim.records import Asked, Records, Saved
 from sandkeeper.shim.settings import ShimSettings
 from sandkeeper.shim.tasks import Tasks
+from sandkeeper.shim.taskservice import TaskServices
 from sandkeeper.shim.watch import Journal
 from sandkeeper.wire import node_pb2
 from sandkeeper.wire.ids import OwnerKey, valid_id
@@ -42,8 +43,13 @@ class Keeper:
             settings=settings,
             starts=asyncio.Semaphore(settings.concurrent_starts),
             gone=self._gone,
+            tasks=TaskServices(settings.run_dir, settings.sandboxer),
         )
         self._lock = -1
+
+    @property
+    def task_services(self) -> TaskServices:
+        return self._node.tasks
 
     # The node's life
 
@@ -66,6 +72,8 @@ class Keeper:
         for leftover in await self.engine.list() - self._sandboxes.keys():
             log.warning("leftover without a record removed", extra={"sandbox": leftover})
             await self.engine.remove(leftover)
+        for leftover in self._node.tasks.list() - self._sandboxes.keys():
+            await self._node.tasks.end(leftover)
         # A copy: a Shutdown that had been cut off may end meanwhile.
         for instance in tuple(self._sandboxes.values()):
             await instance.recover()

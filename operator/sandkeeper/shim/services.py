@@ -105,7 +105,11 @@ class Controller(controller_pb2_grpc.ControllerServicer):
         instance = self._of(request, context)
         pid = await self._finish(instance.start())
         return controller_pb2.ControllerStartResponse(
-            sandbox_id=request.sandbox_id, pid=pid, created_at=instance.record.created_at, version=_VERSION
+            sandbox_id=request.sandbox_id,
+            pid=pid,
+            created_at=instance.record.created_at,
+            address=self._keeper.task_services.address(instance.sandbox_id),
+            version=_VERSION,
         )
 
     async def Platform(
@@ -137,6 +141,7 @@ class Controller(controller_pb2_grpc.ControllerServicer):
             pid=record.pid,
             state="SANDBOX_READY" if record.state in LIVE else "SANDBOX_NOTREADY",
             created_at=record.created_at,
+            address=self._keeper.task_services.address(instance.sandbox_id),
             version=_VERSION,
         )
         if record.HasField("exit"):

@@ -97,6 +97,20 @@ class SimulatedSettings(BaseModel):
     image_seconds: float = Field(0.0, ge=0, description="How long an image takes that is not there yet.")
 
 
+class SandboxerSettings(BaseModel):
+    """What containerd, whose sandboxer the shim is, runs in its sandboxes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task_shim: str = Field(
+        "",
+        description="containerd's shim for the containers of its pods (containerd-shim-runc-v2); empty: no containers.",
+    )
+    containerd_socket: Path = Field(
+        Path("/run/containerd/containerd.sock"), description="The containerd whose sandboxer this is."
+    )
+
+
 class ShimSettings(BaseSettings):
     """What a shim is told at its start. Durations are seconds.
 
@@ -129,6 +143,7 @@ class ShimSettings(BaseSettings):
     oci: OCISettings = OCISettings()
     containerd: ContainerdSettings = ContainerdSettings()
     simulated: SimulatedSettings = SimulatedSettings()
+    sandboxer: SandboxerSettings = SandboxerSettings()
     failpoints: dict[str, str] = Field(
         default_factory=dict,
         description="For tests: effect -> `[COUNT*]ACTION[(ARG)]->...`; actions: off, error, delay, hang, lose, panic.",

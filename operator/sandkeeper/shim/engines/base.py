@@ -202,5 +202,8 @@ class Engine(abc.ABC):
     async def list(self) -> frozenset[str]:
         """Ids of which the engine holds anything, for finding what no record owns."""
 
+    async def adopt(self, pid: int) -> None:  # noqa: B027 - optional
+        """Takes a process that is to outlive the shim out of the shim's own cgroup."""
+
     async def collect(self, in_use: frozenset[str]) -> None:  # noqa: B027 - optional
         """Frees what can be had again, such as images not in `in_use` (digests), under disk pressure."""

@@ -325,6 +325,9 @@ class OCIEngine(Engine):
         # Its process has ended, so that the task ends by itself, with an answer for whoever waits.
         self._watching.pop(sandbox_id, None)
 
+    async def adopt(self, pid: int) -> None:
+        await self._threads.run(lambda: self._cgroups.adopt(pid))
+
     async def collect(self, in_use: frozenset[str]) -> None:
         await self._images.collect(in_use)
 

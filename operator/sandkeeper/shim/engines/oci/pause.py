@@ -75,9 +75,9 @@ def start(apart: Apart, catatonit: str, root_dir: Path, sandbox_id: str, around:
 
     apart: runs something in a thread that ends with it.
     """
-    marks = {_MARK: sandbox_id, _ROOT: os.fspath(root_dir)}
+    environment = {**marks(sandbox_id), _ROOT: os.fspath(root_dir)}
     try:
-        pid = apart(lambda: _spawn(catatonit, around, marks))
+        pid = apart(lambda: _spawn(catatonit, around, environment))
     except OSError as error:
         raise EngineError("StartError", f"sandbox process: {error}", retryable=True) from None
     found = ProcessRef.of(pid)
@@ -148,8 +148,13 @@ def _change_root(mounts: tuple[types_pb2.Mount, ...], root: Path) -> None:
     kernel.pivot_root(str(root))
 
 
+def marks(sandbox_id: str) -> dict[str, str]:
+    """In the environment of what belongs to a sandbox and is to outlive the shim."""
+    return {_MARK: sandbox_id}
+
+
 def is_any(environment: list[bytes]) -> bool:
-    """Whether an environment is a sandbox process's."""
+    """Whether an environment has `marks`."""
     return any(each.startswith(f"{_MARK}=".encode()) for each in environment)
 
 
