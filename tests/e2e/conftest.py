@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.images import busybox_image
@@ -19,11 +21,18 @@ BUSYBOX = "sandkeeper.test/busybox:1"
 
 @pytest.fixture(scope="session")
 def node() -> Iterator[OneNode]:
+    """One node for all."""
+    with fresh_node() as made:
+        yield made
+
+
+@contextlib.contextmanager
+def fresh_node(**options: Any) -> Iterator[OneNode]:
     """One node that is Ready, with busybox at hand. At its end the machine is as it was."""
     if os.geteuid() != 0:
         pytest.skip("a node needs root")
     before = _machine()
-    made = OneNode(say=lambda line: print(line, file=sys.stderr))
+    made = OneNode(say=lambda line: print(line, file=sys.stderr), **options)
     with made:
         made.import_images({BUSYBOX: busybox_image()})
         yield made

@@ -58,8 +58,11 @@ _NETWORK = (
 class OneNode:
     """`with OneNode() as node:` starts all, returns when the node is Ready, and leaves nothing behind."""
 
-    def __init__(self, *, folder: Path | None = None, say: Say | None = None) -> None:
-        """folder: short, for sockets lie below it; default: a temporary one. Raises BinariesError."""
+    def __init__(self, *, folder: Path | None = None, sandboxer: str = "", say: Say | None = None) -> None:
+        """folder: short, for sockets lie below it; default: a temporary one. Raises BinariesError.
+
+        sandboxer: name of a runtime handler, the sandboxes of whose pods are made by whoever serves `sandboxer_socket`.
+        """
         self._say = say or (lambda _line: None)
         self._programs = node_sources.ensure(say=self._say)
         self.folder = folder or Path(tempfile.mkdtemp(prefix="node-"))
@@ -72,7 +75,8 @@ class OneNode:
         self.containerd = Containerd(
             folder=self.folder / "c",
             cri=True,
-            config=_containerd_config(self.folder / "cni", self._programs["runc"]),
+            config=_containerd_config(self.folder / "cni", self._programs["runc"], sandboxer),
+            sandboxers={sandboxer: self.sandboxer_socket} if sandboxer else {},
             cgroups=(self.cgroup,),
             processes=Processes(self.folder / "c", self.namespaces.popen),
             say=self._say,
@@ -145,6 +149,10 @@ class OneNode:
         self._spawn("kubelet", [*flags, f"--node-ip={ADDRESS}"])
 
     # Using it
+
+    @property
+    def sandboxer_socket(self) -> Path:
+        return self.folder / "s" / "shim.sock"
 
     @property
     def api(self) -> ApiServer:
@@ -305,12 +313,15 @@ def _cni_config() -> dict[str, Any]:
     return {"cniVersion": "1.0.0", "name": "pods", "plugins": [bridge]}
 
 
-def _containerd_config(cni: Path, runc: Path) -> str:
+def _containerd_config(cni: Path, runc: Path, sandboxer: str) -> str:
     plugins = next(
         (p for p in ("/usr/lib/cni", "/opt/cni/bin") if Path(p, "bridge").exists()), "/usr/lib/cni"
     )
     runtime = "plugins.'io.containerd.cri.v1.runtime'"
-    return f"""
+    ours = f"[{runtime}.containerd.runtimes.{sandboxer}]\nruntime_type = 'io.containerd.runc.v2'"
+    ours += f"\nsandboxer = '{sandboxer}'\n[{runtime}.containerd.runtimes.{sandboxer}.options]"
+    ours += f"\nBinaryName = '{runc}'\n"
+    return f"""{ours if sandboxer else ""}
 [plugins.'io.containerd.cri.v1.images'.pinned_images]
 sandbox = '{PAUSE}'
 [{runtime}]
