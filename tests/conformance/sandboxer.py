@@ -116,6 +116,7 @@ def sandboxer(*, tasks: bool = False, **options: Any) -> Iterator[Sandboxer]:
         settings["SANDBOXER__TASK_SHIM"] = str(
             containerd_sources.folder("module") / "containerd-shim-runc-v2"
         )
+        settings["SANDBOXER__CONTAINERD_ROOT"] = str(folder / "ctrd" / "root")
         settings["SANDBOXER__CONTAINERD_SOCKET"] = str(folder / "ctrd" / "containerd.sock")
     shim = ShimHost(folder / "node", "oci", settings)
     try:

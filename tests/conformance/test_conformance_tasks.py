@@ -106,6 +106,24 @@ async def test_a_shared_pid_namespace_is_the_pods_and_not_the_nodes(cri: Kubelet
     assert (await made.exec(one, "readlink /proc/self/ns/pid")).strip() == own
 
 
+async def test_containers_have_the_pods_resolv_conf_and_hostname(node: Sandboxer, cri: Kubelet) -> None:
+    config = pod()
+    config.dns_config.servers.extend(["10.0.0.10", "10.0.0.11"])
+    config.dns_config.searches.extend(["default.svc.cluster.local", "cluster.local"])
+    config.dns_config.options.append("ndots:5")
+    made = await running(cri, config)
+    one = await made.run(container("one", FOREVER))
+    assert (await made.exec(one, "cat /etc/resolv.conf")).splitlines() == [
+        "search default.svc.cluster.local cluster.local",
+        "nameserver 10.0.0.10",
+        "nameserver 10.0.0.11",
+        "options ndots:5",
+    ]
+    assert await made.exec(one, "cat /etc/hostname") == f"{config.hostname}\n"
+    await cri.remove(made.id)
+    assert not list(node.containerd.folder.glob(f"root/io.containerd.grpc.v1.cri/sandboxes/{made.id}"))
+
+
 async def test_an_exit_and_another_attempt(cri: Kubelet) -> None:
     made = await running(cri)
     one = await made.run(container("one", "exit 3"))
@@ -120,7 +138,9 @@ async def test_an_exit_and_another_attempt(cri: Kubelet) -> None:
 async def test_all_goes_with_the_pod(node: Sandboxer, cri: Kubelet) -> None:
     made = await running(cri)
     await made.run(container("one", FOREVER))
-    assert node.containerd.shims()
+    (service,) = node.containerd.shims()
+    # Not in the shim's own cgroup, with which it would end.
+    assert "_monitors" in Path(f"/proc/{service}/cgroup").read_text()
     await cri.remove(made.id)
     assert not node.containerd.shims()
     assert not left(node)

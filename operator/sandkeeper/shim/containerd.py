@@ -101,12 +101,23 @@ def _take_pod(config: node_pb2.SandboxConfig, pod: cri_pb2.PodSandboxConfig) -> 
     if wishes.HasField("userns_options") and wishes.userns_options.mode == cri_pb2.POD:
         raise BadRequest("options: a user namespace of the pod's own is not supported")
     config.hostname = pod.hostname or config.hostname
+    config.containerd.resolv_conf.extend(_resolv_conf(pod.dns_config))
     config.containerd.host_pid = wishes.pid == cri_pb2.NODE
     config.containerd.host_ipc = wishes.ipc == cri_pb2.NODE
     if wishes.network == cri_pb2.NODE:
         if config.containerd.netns_path:
             raise BadRequest("netns_path: a pod on the node's network has none")
         config.network = node_pb2.NETWORK_HOST
+
+
+def _resolv_conf(dns: cri_pb2.DNSConfig) -> list[str]:
+    """resolv.conf(5), as kubelet has it made. Raises BadRequest for what would end a line."""
+    lines = [f"search {' '.join(dns.searches)}"] if dns.searches else []
+    lines += [f"nameserver {server}" for server in dns.servers]
+    lines += [f"options {' '.join(dns.options)}"] if dns.options else []
+    if any(not line.isprintable() for line in lines):
+        raise BadRequest("options: dns_config must be printable")
+    return lines
 
 
 def _hostname(spec: any_pb2.Any) -> str:

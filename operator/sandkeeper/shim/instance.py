@@ -23,6 +23,7 @@ from sandkeeper.shim import changes
 from sandkeeper.shim.engines.base import SANDBOX_PROCESS, Engine, EngineError
 from sandkeeper.shim.errors import NotReady, Refused, UnknownSandbox, Unsupported, WrongState
 from sandkeeper.shim.kept import Kept
+from sandkeeper.shim.podfiles import PodFiles
 from sandkeeper.shim.records import Records, Saved
 from sandkeeper.shim.restart import Backoff
 from sandkeeper.shim.run import Run
@@ -50,6 +51,7 @@ class Node:
     starts: asyncio.Semaphore
     gone: Callable[[str], None]
     tasks: TaskServices
+    pod_files: PodFiles
 
 
 class Instance:
@@ -224,6 +226,7 @@ class Instance:
 
     async def _start_task_service(self) -> None:
         if self._node.tasks.wanted(self.config):
+            self._node.pod_files.write(self.config)
             process = await self._node.tasks.start(self.sandbox_id, self.config.containerd)
             await self._engine.adopt(process.pid)
 
@@ -315,6 +318,7 @@ class Instance:
         async with self._step:
             await self._tasks.cancel()
             await self._node.tasks.end(self.sandbox_id)
+            self._node.pod_files.remove(self.config)
             await self._engine.remove(self.sandbox_id)
             await self._kept.forget()
         self._node.gone(self.sandbox_id)

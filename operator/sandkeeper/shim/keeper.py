@@ -14,6 +14,7 @@ from sandkeeper.shim import changes
 from sandkeeper.shim.engines.base import Engine, EngineError
 from sandkeeper.shim.errors import BadRequest, Full, NotReady, Taken, UnknownSandbox, WrongState
 from sandkeeper.shim.instance import Instance, Node
+from sandkeeper.shim.podfiles import PodFiles
 from sandkeeper.shim.records import Asked, Records, Saved
 from sandkeeper.shim.settings import ShimSettings
 from sandkeeper.shim.tasks import Tasks
@@ -44,6 +45,7 @@ class Keeper:
             starts=asyncio.Semaphore(settings.concurrent_starts),
             gone=self._gone,
             tasks=TaskServices(settings.run_dir, settings.sandboxer),
+            pod_files=PodFiles(settings.sandboxer),
         )
         self._lock = -1
 

@@ -109,6 +109,10 @@ class SandboxerSettings(BaseModel):
     containerd_socket: Path = Field(
         Path("/run/containerd/containerd.sock"), description="The containerd whose sandboxer this is."
     )
+    containerd_root: Path | None = Field(
+        None,
+        description="Its `root` (/var/lib/containerd): where its pods' resolv.conf goes; empty: they get none.",
+    )
 
 
 class ShimSettings(BaseSettings):

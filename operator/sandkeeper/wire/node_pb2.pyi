@@ -248,6 +248,7 @@ class ContainerdSandbox(_message.Message):
     HOST_PID_FIELD_NUMBER: _builtins.int
     HOST_IPC_FIELD_NUMBER: _builtins.int
     ANNOTATIONS_FIELD_NUMBER: _builtins.int
+    RESOLV_CONF_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """Its namespace, and the id there: two of its namespaces may each have a sandbox of one id."""
     sandbox_id: _builtins.str
@@ -261,6 +262,10 @@ class ContainerdSandbox(_message.Message):
 
     @_builtins.property
     def annotations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def resolv_conf(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """A pod's: lines of its resolv.conf."""
+
     def __init__(
         self,
         *,
@@ -271,10 +276,11 @@ class ContainerdSandbox(_message.Message):
         host_pid: _builtins.bool = ...,
         host_ipc: _builtins.bool = ...,
         annotations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        resolv_conf: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "host_ipc", b"host_ipc", "host_pid", b"host_pid", "namespace", b"namespace", "netns_path", b"netns_path", "rootfs", b"rootfs", "sandbox_id", b"sandbox_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "host_ipc", b"host_ipc", "host_pid", b"host_pid", "namespace", b"namespace", "netns_path", b"netns_path", "resolv_conf", b"resolv_conf", "rootfs", b"rootfs", "sandbox_id", b"sandbox_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -112,6 +112,19 @@ def test_what_cannot_be_kept_is_refused(options: any_pb2.Any, word: str) -> None
         asked(options=options)
 
 
+def test_a_pods_resolv_conf() -> None:
+    dns = {"servers": ["10.0.0.10"], "searches": ["a.b", "b"], "options": ["ndots:5"]}
+    value = cri_pb2.PodSandboxConfig(dns_config=dns).SerializeToString()
+    config = asked(options=any_pb2.Any(type_url=POD, value=value))
+    assert list(config.containerd.resolv_conf) == ["search a.b b", "nameserver 10.0.0.10", "options ndots:5"]
+
+
+def test_a_server_that_would_be_two_lines_is_refused() -> None:
+    value = cri_pb2.PodSandboxConfig(dns_config={"servers": ["10.0.0.10\nsearch evil"]}).SerializeToString()
+    with pytest.raises(BadRequest, match="dns_config"):
+        asked(options=any_pb2.Any(type_url=POD, value=value))
+
+
 def test_a_pod_with_sysctls_is_refused() -> None:
     config = cri_pb2.PodSandboxConfig(linux={"sysctls": {"net.core.somaxconn": "1024"}})
     with pytest.raises(BadRequest, match="sysctls"):
