@@ -29,6 +29,7 @@ def node() -> Iterator[OneNode]:
             "RUN_DIR": str(socket.parent),
             "OCI__CGROUP_PARENT": f"{made.cgroup}-shim",
             "SANDBOXER__TASK_SHIM": str(made.containerd.programs / "containerd-shim-runc-v2"),
+            "SANDBOXER__CONTAINERD_ROOT": str(made.containerd.folder / "root"),
             "SANDBOXER__CONTAINERD_SOCKET": str(made.containerd.socket),
         }
         inherited = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
@@ -51,6 +52,8 @@ def test_a_pod_of_our_runtime_class_is_ready_and_answers(node: OneNode) -> None:
     }
     spec = {
         "runtimeClassName": CLASS,
+        "dnsPolicy": "None",
+        "dnsConfig": {"nameservers": ["10.0.0.10"]},
         "containers": [container],
         "terminationGracePeriodSeconds": 0,
     }
@@ -60,6 +63,7 @@ def test_a_pod_of_our_runtime_class_is_ready_and_answers(node: OneNode) -> None:
         node.kubectl("wait", "pod/ours", "--for=condition=Ready", "--timeout=120s")
         assert eventually(lambda: node.kubectl("logs", "ours"), timeout=60) == "said\n"
         assert node.kubectl("exec", "ours", "--", "hostname") == "ours\n"
+        assert node.kubectl("exec", "ours", "--", "cat", "/etc/resolv.conf") == "nameserver 10.0.0.10\n"
         address = node.kubectl("get", "pod", "ours", "-o", "jsonpath={.status.podIP}")
         assert f"inet {address}/" in node.kubectl("exec", "ours", "--", "ip", "-4", "-o", "address")
         tasks = node.sandboxer_socket.parent / "tasks"
