@@ -175,6 +175,15 @@ async def test_the_sandbox_ends_with_its_task_service(node: Sandboxer, cri: Kube
     assert start_time(pid) is None
 
 
+async def test_a_start_that_fails_leaves_no_task_service(node: Sandboxer) -> None:
+    """containerd's CRI forgets such a sandbox, and asks for no Shutdown."""
+    async with node.client() as client:
+        await client.call("Create", "failing", netns_path="/proc/version")
+        assert await client.code("Start", "failing") == grpc.StatusCode.FAILED_PRECONDITION
+        assert not node.containerd.shims()
+        await client.call("Shutdown", "failing")
+
+
 async def test_containers_outlive_a_restart_of_the_shim(node: Sandboxer, cri: Kubelet) -> None:
     made = await running(cri)
     one = await made.run(container("one", FOREVER))

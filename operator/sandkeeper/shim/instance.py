@@ -197,6 +197,8 @@ class Instance:
             if error.retryable:
                 raise NotReady(f"{error.reason}: {error.message}") from error
             await self._fail(error)
+            # containerd's CRI asks for no Shutdown after a Start that failed.
+            await self._quietly(self._node.tasks.end(self.sandbox_id))
             raise WrongState(f"{error.reason}: {error.message}") from error
         names = [container.name for container in self.config.containers]
         outcomes = await asyncio.gather(
