@@ -39,7 +39,7 @@ demo: setup ## From kubectl apply to an exit status in the object, on a real API
 	@KEEP=$(KEEP) $(bin)/sandkeeper demo
 
 test: test-setup check ## All tests: unit, then against a real API server with crun and runc
-	@$(py) -m pytest tests --ignore=tests/unit --ignore=tests/e2e $(again) $(PYTEST_ARGS)
+	@$(py) -m pytest tests --ignore=tests/unit --ignore=tests/e2e --ignore=tests/gitops $(again) $(PYTEST_ARGS)
 
 # No part of `make test`: it builds kubelet and its like first, a quarter of an hour on 2 cores with an empty cache.
 e2e: test-setup ## A real Kubernetes of one node without Docker (needs root; the first time it builds kubelet)
@@ -53,6 +53,12 @@ faults: test-setup ## Every fault at every effect, and a table of what held (an 
 
 conformance: setup ## Every rule of docs/contract.md against every engine and through containerd, as tables (ENGINE= for one)
 	@$(py) -m tests.conformance
+
+# Not part of `make test` yet: to build Flux's two controllers takes 6 minutes and more on 2 cores, once.
+.PHONY: gitops
+gitops: setup ## Sandboxes from a git repository, by Flux's own controllers (which it builds first)
+	@$(py) -m sandkeeper.localcluster.gitops_sources
+	@$(py) -m pytest tests/gitops $(PYTEST_ARGS)
 
 check: $(VENV)/.ready ## All that needs no cluster: lint, types, layers, drift, unit tests
 	@$(bin)/ruff check .

