@@ -48,7 +48,6 @@ e2e: test-setup ## A real Kubernetes of one node without Docker (needs root; the
 	@$(py) -m pytest tests/e2e $(PYTEST_ARGS)
 
 faults: test-setup ## Every fault at every effect, and a table of what held (an hour)
-	@$(py) -m sandkeeper.localcluster.preflight --install --faults
 	@$(py) -m pytest tests/faults --faults=all $(PYTEST_ARGS)
 
 conformance: setup ## Every rule of docs/contract.md against every engine and through containerd, as tables (ENGINE= for one)

@@ -23,8 +23,7 @@ from tests.histories import Object
 from sandkeeper.api import API_VERSION, SANDBOXES
 from sandkeeper.localcluster.watching import connection
 
-# Thorough: it counts exactly, and wants a machine that is not full already.
-pytestmark = [pytest.mark.cluster, pytest.mark.fault("F14"), pytest.mark.thorough]
+pytestmark = [pytest.mark.cluster, pytest.mark.fault("F14")]
 
 _CONNECTIONS = 48
 QUIET = 8.0
@@ -128,7 +127,7 @@ def assert_not_held_up(trial: Trial, names: list[str]) -> None:
     assert median(waits[True]) <= 2 * median(waits[False]) + 5, {k: median(v) for k, v in waits.items()}
 
 
-@pytest.mark.parametrize("size", [200, pytest.param(1000, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("size", [50, pytest.param(1000, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("share", [0.2, pytest.param(0.0, marks=pytest.mark.thorough)])
 @pytest.mark.timeout(600)
 def test_what_cannot_start_costs_no_storm_and_holds_up_no_other(

@@ -45,19 +45,17 @@ TESTS = (
     Need(("runc",), "runc", "the tests run every example with both runtimes"),
     Need(("/usr/lib/cni/bridge", "/opt/cni/bin/bridge"), "containernetworking-plugins", "the tests' pods"),
     Need(("docker-registry",), "docker-registry", "the tests' registry on loopback"),
+    Need(
+        tuple(f"/usr/lib/{arch}-linux-gnu/faketime/libfaketime.so.1" for arch in ("x86_64", "aarch64")),
+        "libfaketime",
+        "the tests set the clocks of operator and shim",
+    ),
 )
 E2E = (
     Need(("ip",), "iproute2", "the node's network"),
     Need(("gcc",), "gcc", "builds runc"),
     Need(("pkg-config",), "pkg-config", "builds runc"),
     Need(("/usr/include/seccomp.h",), "libseccomp-dev", "builds runc"),
-)
-FAULTS = (
-    Need(
-        tuple(f"/usr/lib/{arch}-linux-gnu/faketime/libfaketime.so.1" for arch in ("x86_64", "aarch64")),
-        "libfaketime",
-        "make faults sets the clocks of operator and shim",
-    ),
 )
 NO_ROOT = "The oci engine needs root (it makes namespaces, mounts and cgroups): run as root, or use --engine simulated"
 
@@ -135,10 +133,9 @@ def _apt(argv: Sequence[str]) -> bool:
 @click.option("--install", "wanted", is_flag=True, help="Install what is missing with apt-get, when root.")
 @click.option("--tests/--no-tests", default=True, help="Also what only the tests need.")
 @click.option("--e2e", is_flag=True, help="Also what a node of our own needs.")
-@click.option("--faults", is_flag=True, help="Also what only `make faults` needs.")
-def main(wanted: bool, tests: bool, e2e: bool, faults: bool) -> None:
+def main(wanted: bool, tests: bool, e2e: bool) -> None:
     """Check that this machine has what the oci engine needs. Exit status 1 when it has not."""
-    chosen = ((tests, TESTS), (e2e, E2E), (faults, FAULTS))
+    chosen = ((tests, TESTS), (e2e, E2E))
     needs = (*ENGINE, *(need for wished, needs in chosen if wished for need in needs))
     if wanted:
         install(needs)
