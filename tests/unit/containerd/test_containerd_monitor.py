@@ -52,22 +52,24 @@ class Monitored:
 
 @pytest.fixture
 def monitored(tmp_path: Path) -> Iterator[Monitored]:
+    read = []
     for name in ("stdout", "stderr"):
         os.mkfifo(tmp_path / name)
+        read.append(os.open(tmp_path / name, os.O_RDONLY | os.O_NONBLOCK))
     events = tmp_path / "events"
     argv = [
         *(sys.executable, "-ISEB", monitor_process.__file__, "--sandkeeper-monitor", "id", str(tmp_path)),
-        *(str(tmp_path / "log"), str(MOST), str(tmp_path / "exit_file"), str(events)),
+        *(*map(str, read), str(tmp_path / "log"), str(MOST), str(tmp_path / "exit_file"), str(events)),
     ]
-    child = subprocess.Popen(argv)
-    made = Monitored(tmp_path, child)
-    # Opening waits for a reader.
+    made = Monitored(tmp_path, subprocess.Popen(argv, pass_fds=read))
     made.outputs = {name: os.open(tmp_path / name, os.O_WRONLY) for name in ("stdout", "stderr")}
+    for fd in read:
+        os.close(fd)
     yield made
     for fd in made.outputs.values():
         os.close(fd)
-    child.kill()
-    child.wait()
+    made.child.kill()
+    made.child.wait()
 
 
 @pytest.fixture
@@ -107,6 +109,24 @@ def test_output_is_kept_line_by_line(monitored: Monitored) -> None:
         (b"stdout", b"P", b"two"),
     ]
     assert all(fields[0].startswith(b"20") for fields in lines)
+
+
+def test_output_of_a_program_that_ends_before_the_monitor_has_begun(tmp_path: Path) -> None:
+    read = []
+    for name in ("stdout", "stderr"):
+        os.mkfifo(tmp_path / name)
+        read.append(os.open(tmp_path / name, os.O_RDONLY | os.O_NONBLOCK))
+        with (tmp_path / name).open("w") as file:
+            file.write("gone\n")
+    argv = [
+        *(sys.executable, "-ISEB", monitor_process.__file__, "--sandkeeper-monitor", "id", str(tmp_path)),
+        *(*map(str, read), str(tmp_path / "log"), str(MOST), str(tmp_path / "exit_file"), ""),
+    ]
+    child = subprocess.Popen(argv, pass_fds=read)
+    for fd in read:
+        os.close(fd)
+    assert child.wait(60) == 0
+    assert [line.split(b" ")[3] for line in (tmp_path / "log").read_bytes().splitlines()] == [b"gone"] * 2
 
 
 def test_a_long_line_comes_in_parts_and_whole(monitored: Monitored) -> None:

@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from sandkeeper.shim.engines.base import EngineError
 from sandkeeper.shim.engines.containerd import content, monitor_process, tasks, ttrpc, unpack
 from sandkeeper.shim.engines.containerd.client import CallError, Client, start_error
 from sandkeeper.shim.engines.containerd.images import chain_of
-from sandkeeper.shim.engines.oci import containers, monitor
+from sandkeeper.shim.engines.oci import containers, monitor, notes
 from sandkeeper.shim.engines.oci.cgroups import Cgroups
 from sandkeeper.shim.engines.oci.folders import AttemptFolder, SandboxFolder
 from sandkeeper.shim.engines.oci.images.types import Image
@@ -26,6 +27,23 @@ from sandkeeper.wire.containerd import leases_pb2, snapshots_pb2
 
 _SHIM_SECONDS = 5.0
 _FIFOS = ("stdout", "stderr")
+
+
+def _open_outputs(folder: AttemptFolder) -> list[int]:
+    """Makes the fifos, and has them open for reading before anybody can write: what was written stays as long as
+    they are open somewhere."""
+    fds: list[int] = []
+    try:
+        for each in _FIFOS:
+            path = folder.run / each
+            with contextlib.suppress(FileExistsError):
+                os.mkfifo(path, 0o600)
+            fds.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    except OSError:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return fds
 
 
 def _monitor_file(folder: AttemptFolder) -> Path:
@@ -58,17 +76,19 @@ class TaskContainers(containers.Containers):
 
     def _make_root(self, folder: AttemptFolder, image: Image) -> None:
         """A snapshot, held by the sandbox's lease until there is a container that names it."""
+        made = folder.run / "snapshot"
+        if made.exists():
+            return
         for each in (folder.path, folder.run):
             each.mkdir(parents=True, exist_ok=True, mode=0o700)
         lease = lease_of(folder.sandbox_id)
         try:
             content.make_lease(self._client, lease, {tasks.SANDBOX: folder.sandbox_id})
-            # Between two attempts there may be no snapshot on the image's, and the image may have been removed.
-            content.hold(self._client, lease, f"snapshots/{self._snapshotter}", chain_of(image))
             request = snapshots_pb2.PrepareSnapshotRequest(
                 snapshotter=self._snapshotter, key=tasks.name_of(folder.runtime_id), parent=chain_of(image)
             )
             self._client.made(self._client.snapshots.Prepare, request, lease=lease)
+            made.touch()
         except CallError as error:
             if error.away:
                 raise
@@ -94,18 +114,24 @@ class TaskContainers(containers.Containers):
                 snapshotter=self._snapshotter,
                 snapshot=name,
             )
-            self._watch(folder)
-            files = tasks.Files(stdout=str(folder.run / "stdout"), stderr=str(folder.run / "stderr"))
-            pid = tasks.create(
-                self._client, name, runtime, self.runtime_root(), mounts, files, self._options.runtime_timeout
-            )
+            outputs = _open_outputs(folder)
+            try:
+                files = tasks.Files(*("", *(str(folder.run / each) for each in _FIFOS)))
+                pid = tasks.create(
+                    self._client, name, runtime, self.runtime_root(), mounts, files,
+                    self._options.runtime_timeout,
+                )  # fmt: skip
+                folder.pid_file.write_text(str(pid))
+                shim = tasks.shim_of(pid)
+                if shim is not None:
+                    address = shim[1]
+                    (folder.run / "task").write_text(f"{address.path}\n{address.version}\n{name}\n")
+                self._watch(folder, outputs)
+            finally:
+                for fd in outputs:
+                    os.close(fd)
         except CallError as error:
             raise start_error(error) from None
-        folder.pid_file.write_text(str(pid))
-        shim = tasks.shim_of(pid)
-        if shim is not None:
-            address = shim[1]
-            (folder.run / "task").write_text(f"{address.path}\n{address.version}\n{name}\n")
         return pid
 
     def _run(self, sandbox: SandboxFolder, folder: AttemptFolder, runtime: str) -> None:
@@ -114,14 +140,11 @@ class TaskContainers(containers.Containers):
         except CallError as error:
             raise start_error(error) from None
 
-    def _watch(self, folder: AttemptFolder) -> None:
-        """Starts the monitor, which reads the output before there is any. It is not waited for."""
-        for each in _FIFOS:
-            with contextlib.suppress(FileExistsError):
-                os.mkfifo(folder.run / each, 0o600)
+    def _watch(self, folder: AttemptFolder, outputs: Sequence[int]) -> None:
+        """Starts the monitor, before the program. It is not waited for: what it reads from is open."""
         argv = [
             *(sys.executable, "-ISEB", monitor_process.__file__, monitor.MARK.decode(), folder.runtime_id),
-            *(str(folder.run), str(folder.log), str(self._options.log_max_bytes // 2)),
+            *(str(folder.run), *map(str, outputs), str(folder.log), str(self._options.log_max_bytes // 2)),
             *(str(folder.exit_file), str(self._cgroups.oom_events(folder.sandbox_id, folder.container))),
         ]
         try:
@@ -132,7 +155,7 @@ class TaskContainers(containers.Containers):
                 stderr=subprocess.DEVNULL,
                 cwd="/",
                 env=ENVIRONMENT,
-                close_fds=True,
+                pass_fds=outputs,
                 start_new_session=True,
             )
         except OSError as error:
@@ -185,12 +208,14 @@ class TaskContainers(containers.Containers):
 
     def _delete(self, sandbox: SandboxFolder, folder: AttemptFolder, runtime: str) -> None:
         name = tasks.name_of(folder.runtime_id)
-        watching = self._monitor(folder)
+        image = notes.read_image(sandbox, folder.container)
+        if image is not None:
+            # Until the next attempt there may be no snapshot on the image's, which may have been removed.
+            lease, kind = lease_of(sandbox.sandbox_id), f"snapshots/{self._snapshotter}"
+            with contextlib.suppress(CallError):
+                content.hold(self._client, lease, kind, chain_of(image))
         tasks.delete(self._client, name)
         unpack.remove(self._client, self._snapshotter, name)
-        if watching is not None and not (folder.run / "task").exists():
-            # Nobody has opened its fifos, or will.
-            watching.send(9)
 
     # -- the end
 

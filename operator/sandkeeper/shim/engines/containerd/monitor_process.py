@@ -3,10 +3,11 @@
 It is to a task of containerd's what conmon is to a container of the oci engine: it outlives this shim and does not
 need containerd. Only what Python is born with is imported, so that it starts quickly and stays small.
 
-Run as `python -ISEB monitor_process.py --sandkeeper-monitor ID FOLDER LOG BYTES EXIT_FILE OOM_EVENTS`, where FOLDER
-has the fifos `stdout` and `stderr` and, once the task is made, `task`: lines with the socket of containerd's shim,
-the version of its Task service, and the task's id. At the end `exit` is written there, and EXIT_FILE, with the exit
-code and the time of the exit as their own; and `oom` where the kernel has killed for memory.
+Run as `python -ISEB monitor_process.py --sandkeeper-monitor ID FOLDER STDOUT STDERR LOG BYTES EXIT_FILE OOM_EVENTS`.
+STDOUT and STDERR are descriptors of fifos, open since before anybody wrote to them. FOLDER has `task`: lines with the
+socket of containerd's shim, the version of its Task service, and the task's id. At the end `exit` is written there,
+and EXIT_FILE, with the exit code and the time of the exit as their own; and `oom` where the kernel has killed for
+memory.
 """
 
 import os
@@ -53,10 +54,10 @@ class Log:
 class Stream:
     """One of the program's outputs, cut into lines."""
 
-    def __init__(self, name: bytes, path: str, longest: int) -> None:
+    def __init__(self, name: bytes, fd: int, longest: int) -> None:
         self.name = name
         self.longest = longest
-        self.fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        self.fd = fd
         self.rest = b""
 
     def read(self, log: Log) -> None:
@@ -105,7 +106,7 @@ class Stream:
 
 def copy(streams: "list[Stream]", log: Log) -> None:
     """Until nobody can write any more. Before anybody has opened them they are not at their end either (poll(2) on a
-    fifo: no POLLHUP before there was a writer)."""
+    fifo: no POLLHUP before there was a writer since it was opened)."""
     poll, left = select.poll(), {each.fd: each for each in streams}
     for fd in left:
         poll.register(fd, select.POLLIN)
@@ -218,9 +219,9 @@ def note(path: str, text: str, at: float) -> None:
             pass
 
 
-def main(folder: str, log: str, most: str, exit_file: str, events: str) -> None:
+def main(folder: str, stdout: str, stderr: str, log: str, most: str, exit_file: str, events: str) -> None:
     longest = min(LONGEST_LINE, int(most) // 4)
-    streams = [Stream(name, f"{folder}/{name.decode()}", longest) for name in (b"stdout", b"stderr")]
+    streams = [Stream(b"stdout", int(stdout), longest), Stream(b"stderr", int(stderr), longest)]
     copy(streams, Log(log, int(most)))
     try:
         with open(f"{folder}/task") as file:
