@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from bench import bars, burst, clusters, exits, machine, plot, readopt, restart, scale, single
+from bench import bars, burst, clusters, containerd, exits, machine, plot, readopt, restart, scale, single
 from bench.clusters import say
 from bench.result import Result
 from sandkeeper.localcluster.cluster import LocalCluster
@@ -66,6 +66,13 @@ PARTS = (
         clusters.real,
         lambda c: readopt.run(c, 100),
         lambda c: readopt.run(c, 10),
+    ),
+    Part(
+        "containerd",
+        "one at a time on the containerd engine, beside ctr run",
+        clusters.containerd,
+        lambda c: containerd.run(c, 50),
+        lambda c: containerd.run(c, 10),
     ),
     Part(
         "crowd",

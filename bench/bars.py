@@ -21,6 +21,7 @@ class Bar:
 BARS = (
     Bar("ready_p50_over_floor", "<=", 2.5, aim=1.8),
     Bar("ready_p99_over_p50", "<=", 3),
+    Bar("containerd_ready_over_ctr", "<=", 2, aim=1.5),
     Bar("burst50_per_s", ">=", 40, aim=60),
     Bar("sim_5000_per_s", ">=", 100),
     Bar("sim_5000_lost", "<=", 0),

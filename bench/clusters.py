@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sandkeeper.localcluster.cluster import LocalCluster
+from sandkeeper.localcluster.containerd import Containerd
 
 SIMULATED_SHIMS = 20
 _MEMORY = Path("/dev/shm")  # noqa: S108
@@ -25,6 +26,19 @@ def real() -> Iterator[LocalCluster]:
         cluster = LocalCluster(Path(name) / "c")
         try:
             cluster.up(shims=1, engine="oci", tied=True, say=say)
+            yield cluster
+        finally:
+            cluster.down(delete=False)
+
+
+@contextmanager
+def containerd() -> Iterator[LocalCluster]:
+    """One node with the containerd engine, runc, and a containerd of its own."""
+    with Containerd("module", say=say) as daemon, tempfile.TemporaryDirectory(prefix="sbx-bench-") as name:
+        cluster = LocalCluster(Path(name) / "c")
+        shim = {"CONTAINERD__SOCKET": str(daemon.socket), "OCI__RUNTIMES": '["runc"]'}
+        try:
+            cluster.up(shims=1, engine="containerd", shim_env=shim, tied=True, say=say)
             yield cluster
         finally:
             cluster.down(delete=False)

@@ -42,7 +42,9 @@ def local() -> None:
 @local.command()
 @directory_option
 @click.option("--shims", type=click.IntRange(1, 64), default=1, show_default=True, help="How many nodes.")
-@click.option("--engine", type=click.Choice(["oci", "simulated"]), default="oci", show_default=True)
+@click.option(
+    "--engine", type=click.Choice(["oci", "containerd", "simulated"]), default="oci", show_default=True
+)
 @click.option("--operator/--no-operator", default=True, help="Whether to run the operator.")
 def up(directory: Path, shims: int, engine: Engine, operator: bool) -> None:
     """Start it; again: start what is missing."""

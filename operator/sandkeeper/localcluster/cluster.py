@@ -29,7 +29,7 @@ from sandkeeper.shim.engines.oci.cgroups import Cgroups
 from sandkeeper.wire.errors import ShimError
 from sandkeeper.wire.tls import OPERATOR_IDENTITY, TLSFiles
 
-Engine = Literal["oci", "simulated"]
+Engine = Literal["oci", "containerd", "simulated"]
 OPERATOR = "operator"
 OFFLINE_IMAGE = "docker.io/library/busybox:1.37"
 READY_TIMEOUT = 60.0
@@ -93,7 +93,7 @@ class LocalCluster:
                 shim_env=dict(shim_env or {}),
                 operator_env=dict(operator_env or {}),
                 tied=tied,
-                run_root=self._in_memory() if engine == "oci" else "",
+                run_root="" if engine == "simulated" else self._in_memory(),
             )
             self._plan_file.write_text(json.dumps(asdict(plan)))
         say("etcd and kube-apiserver are starting")
@@ -242,9 +242,10 @@ class LocalCluster:
             "TLS_KEY": str(files.key),
             "ENGINE": plan.engine,
         }
-        if plan.engine == "oci":
+        if plan.engine != "simulated":
             env["OCI__IMAGE_LAYOUTS"] = json.dumps([str(self._image_layout())])
             env["OCI__CGROUP_PARENT"] = self.cgroup_parent(index)
+            env["CONTAINERD__NAMESPACE"] = self.cgroup_parent(index)  # a containerd is all nodes' as well
         if plan.run_root:
             Path(plan.run_root).mkdir(mode=0o700, exist_ok=True)
             _must_be_ours(Path(plan.run_root))
@@ -353,10 +354,10 @@ class LocalCluster:
 
     def _remove_cgroups(self, index: int) -> None:
         """The node's cgroups, empty ones only. A shim cannot do so while its last monitors still end."""
-        if self.plan.engine != "oci":
+        if self.plan.engine == "simulated":
             return
         parent, deadline = self.cgroup_parent(index), time.monotonic() + 2
-        cgroups = Cgroups(parent)
+        cgroups = Cgroups(parent, hide_v2=self.plan.engine == "oci")
         while any((each.point / parent).exists() for each in cgroups.hierarchies):
             cgroups.close()
             if time.monotonic() > deadline:
