@@ -111,7 +111,7 @@ def sandboxer(*, tasks: bool = False, **options: Any) -> Iterator[Sandboxer]:
     tasks: containerd may run containers in its sandboxes.
     """
     folder = Path(tempfile.mkdtemp(prefix="sbx-"))
-    settings = {}
+    settings = {"SANDBOXER__FORGOTTEN_AFTER": "15", "COLLECT_INTERVAL": "0.5"}
     if tasks:
         settings["SANDBOXER__TASK_SHIM"] = str(
             containerd_sources.folder("module") / "containerd-shim-runc-v2"

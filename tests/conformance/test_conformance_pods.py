@@ -10,8 +10,10 @@ from pathlib import Path
 import grpc
 import pytest
 from tests.cluster import eventually
-from tests.conformance.pods import Kubelet, kubelet, pod, pods, refused
+from tests.conformance.pods import NAMESPACE, PAUSE, Kubelet, kubelet, pod, pods, refused
 from tests.conformance.sandboxer import NAME, Sandboxer
+from tests.containerds import import_images
+from tests.images import ImageDef
 
 from sandkeeper.conformance.server import until
 from sandkeeper.localcluster.processes import start_time
@@ -89,6 +91,17 @@ async def test_what_cannot_be_kept_is_refused_and_leaves_nothing(cri: Kubelet) -
     assert "sysctls" in words
     assert not await cri.records()
     assert not (await cri.call("ListPodSandbox")).items
+
+
+async def test_a_pod_that_cri_forgets_does_not_stay(node: Sandboxer, cri: Kubelet) -> None:
+    """Without its pause image CRI gives up between Create and Start, and asks for no Shutdown."""
+    node.containerd.ctr("images", "remove", "--sync", PAUSE, namespace=NAMESPACE)
+    try:
+        _, words = await refused(cri.call("RunPodSandbox", config=pod(), runtime_handler=NAME))
+        assert "image" in words
+    finally:
+        import_images(node.containerd, {PAUSE: ImageDef()}, NAMESPACE)
+    await until(cri.records, lambda records: not records)
 
 
 async def test_a_pod_outlives_a_restart_of_containerd(node: Sandboxer, cri: Kubelet) -> None:

@@ -101,6 +101,7 @@ def _take_pod(config: node_pb2.SandboxConfig, pod: cri_pb2.PodSandboxConfig) -> 
     if wishes.HasField("userns_options") and wishes.userns_options.mode == cri_pb2.POD:
         raise BadRequest("options: a user namespace of the pod's own is not supported")
     config.hostname = pod.hostname or config.hostname
+    config.containerd.pod = True
     config.containerd.resolv_conf.extend(_resolv_conf(pod.dns_config))
     config.containerd.host_pid = wishes.pid == cri_pb2.NODE
     config.containerd.host_ipc = wishes.ipc == cri_pb2.NODE

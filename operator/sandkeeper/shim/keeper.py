@@ -81,6 +81,7 @@ class Keeper:
             await instance.recover()
         self._tasks.spawn(self._regularly(self.settings.usage_interval, self._sample))
         self._tasks.spawn(self._regularly(self.settings.collect_interval, self._collect))
+        self._tasks.spawn(self._regularly(self.settings.collect_interval, self._remove_forgotten))
 
     async def close(self) -> None:
         """Lets go of everything; sandboxes run on."""
@@ -188,6 +189,16 @@ class Keeper:
         if any(i.record.state == node_pb2.STATE_PREPARING for i in self._sandboxes.values()):
             return  # what it fetches is not in any record yet
         await self.engine.collect(frozenset(used))
+
+    async def _remove_forgotten(self) -> None:
+        """Pods that never ran: CRI starts one as soon as it is made, and where that fails it asks for no Shutdown."""
+        oldest = datetime.now(UTC).timestamp() - self.settings.sandboxer.forgotten_after
+        for instance in self.all():
+            never_ran = instance.record.state in (node_pb2.STATE_CREATED, node_pb2.STATE_FAILED)
+            if instance.config.containerd.pod and never_ran and instance.record.created_at.seconds < oldest:
+                log.warning("pod that never ran removed", extra={"sandbox": instance.sandbox_id})
+                with contextlib.suppress(NotReady):
+                    await instance.shutdown()
 
 
 def _check(sandbox_id: str, config: node_pb2.SandboxConfig, owner: OwnerKey | None) -> None:

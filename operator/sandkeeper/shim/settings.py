@@ -109,6 +109,9 @@ class SandboxerSettings(BaseModel):
     containerd_socket: Path = Field(
         Path("/run/containerd/containerd.sock"), description="The containerd whose sandboxer this is."
     )
+    forgotten_after: float = Field(
+        3600.0, gt=0, description="Age at which a pod that never ran is removed: CRI has forgotten it."
+    )
     containerd_root: Path | None = Field(
         None,
         description="Its `root` (/var/lib/containerd): where its pods' resolv.conf goes; empty: they get none.",

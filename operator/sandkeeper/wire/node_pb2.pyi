@@ -249,6 +249,7 @@ class ContainerdSandbox(_message.Message):
     HOST_IPC_FIELD_NUMBER: _builtins.int
     ANNOTATIONS_FIELD_NUMBER: _builtins.int
     RESOLV_CONF_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """Its namespace, and the id there: two of its namespaces may each have a sandbox of one id."""
     sandbox_id: _builtins.str
@@ -256,6 +257,8 @@ class ContainerdSandbox(_message.Message):
     """The network namespace that it joins; empty: one of its own, or the node's with NETWORK_HOST."""
     host_pid: _builtins.bool
     host_ipc: _builtins.bool
+    pod: _builtins.bool
+    """CRI asked for it, for a pod."""
     @_builtins.property
     def rootfs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Mount]:
         """The sandbox process's root; empty: it runs nothing and has the node's."""
@@ -277,10 +280,11 @@ class ContainerdSandbox(_message.Message):
         host_ipc: _builtins.bool = ...,
         annotations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         resolv_conf: _abc.Iterable[_builtins.str] | None = ...,
+        pod: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "host_ipc", b"host_ipc", "host_pid", b"host_pid", "namespace", b"namespace", "netns_path", b"netns_path", "resolv_conf", b"resolv_conf", "rootfs", b"rootfs", "sandbox_id", b"sandbox_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["annotations", b"annotations", "host_ipc", b"host_ipc", "host_pid", b"host_pid", "namespace", b"namespace", "netns_path", b"netns_path", "pod", b"pod", "resolv_conf", b"resolv_conf", "rootfs", b"rootfs", "sandbox_id", b"sandbox_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -88,6 +88,8 @@ def test_only_the_node_itself_may_name_its_paths(fields: dict[str, Any]) -> None
 @pytest.mark.parametrize("type_url", [POD, f"type.googleapis.com/{POD}"])
 def test_a_pods_namespaces(type_url: str) -> None:
     shared = asked(options=pod(type_url))
+    assert shared.containerd.pod
+    assert not asked().containerd.pod
     assert (shared.hostname, shared.network) == ("a-pod", node_pb2.NETWORK_NONE)
     assert not shared.containerd.host_pid
     assert not shared.containerd.host_ipc
