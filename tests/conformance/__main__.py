@@ -19,18 +19,21 @@ from sandkeeper.conformance import report
 from sandkeeper.conformance.contract import rules
 from sandkeeper.conformance.registry import checks
 from sandkeeper.conformance.run import Outcome, Target, run_all
+from sandkeeper.localcluster.containerd_sources import Source
 
-SANDBOXER = "sandboxer"
+CONTAINERD, SANDBOXER = "containerd", "sandboxer"
 
 
 @contextlib.asynccontextmanager
-async def engine_target(engine: str) -> AsyncIterator[Target]:
-    with shims(engine) as made:
+async def engine_target(engine: str, source: Source = "module") -> AsyncIterator[Target]:
+    with shims(engine, source) as made:
         yield EngineTarget(made, engine)
 
 
 async def main(wanted: str) -> int:
     targets = {f"engine {engine}": engine_target(engine) for engine in ENGINES if wanted in ("", engine)}
+    if wanted in ("", CONTAINERD):
+        targets["engine containerd, with Debian's containerd 1.6"] = engine_target(CONTAINERD, "debian")
     if wanted in ("", SANDBOXER):
         targets["engine oci, as containerd's sandboxer"] = containerd_target("oci")
     if not targets:

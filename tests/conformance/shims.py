@@ -15,12 +15,15 @@ from pathlib import Path
 
 import grpc
 from tests.cluster import eventually
+from tests.containerds import containerd
 from tests.images import ImageDef, Registry, free_port, registry
 from tests.leaks import Leaks
 
 from sandkeeper.conformance.registry import Ability
 from sandkeeper.conformance.server import Clients, Images, Server, code_of
 from sandkeeper.localcluster import pki
+from sandkeeper.localcluster.containerd import Containerd
+from sandkeeper.localcluster.containerd_sources import Source
 from sandkeeper.localcluster.ocilayout import busybox_image, write_layout
 from sandkeeper.localcluster.processes import Processes
 from sandkeeper.shim.engines.oci.cgroups import Cgroups
@@ -35,8 +38,12 @@ RESTART_BACKOFF = 0.1
 ENGINES: Mapping[str, frozenset[Ability]] = {
     "simulated": frozenset({"failpoints", "leaks", "local", "restart", "tcp"}),
     "oci": frozenset({"failpoints", "leaks", "local", "processes", "registry", "restart", "tcp"}),
+    "containerd": frozenset({"failpoints", "leaks", "local", "processes", "registry", "restart", "tcp"}),
 }
 """What a shim with each engine can do here."""
+
+REAL = frozenset({"oci", "containerd"})
+"""Those that make processes."""
 
 OF_ITS_OWN: frozenset[Ability] = frozenset({"failpoints", "restart", "tcp"})
 """A check that needs one of these gets a shim that others do not use meanwhile."""
@@ -67,7 +74,7 @@ class ShimHost:
             **settings,
         }
         self._cgroup_parent = f"conformance-{folder.parent.name}-{folder.name}"
-        if engine == "oci":
+        if engine in REAL:
             self._settings["OCI__CGROUP_PARENT"] = self._cgroup_parent
         for each in ("state", "run"):
             (folder / each).mkdir(parents=True)
@@ -110,7 +117,7 @@ class ShimHost:
     def stop(self) -> None:
         """Ends it, and its cgroups, in which its last monitors may still end."""
         self._processes.stop("shim")
-        if self.engine == "oci":
+        if self.engine in REAL:
             cgroups = Cgroups(self._cgroup_parent)
             folders = [each.point / self._cgroup_parent for each in cgroups.hierarchies]
 
@@ -137,12 +144,15 @@ class ShimHost:
 class Shims:
     """All shims of one engine, each started when it is first asked for."""
 
-    def __init__(self, folder: Path, engine: str) -> None:
+    def __init__(self, folder: Path, engine: str, source: Source = "module") -> None:
+        """source: of the containerd that the engine of this name uses."""
         self._folder = folder
         self._engine = engine
+        self._source = source
         self._closing = contextlib.ExitStack()
         self._hosts: dict[str, ShimHost] = {}
         self._registry: Registry | None = None
+        self._containerd: Containerd | None = None
         self._ca: pki.CA | None = None
         self._ports: dict[str, int] = {}
 
@@ -179,6 +189,15 @@ class Shims:
         left = [line for host in self._hosts.values() for line in host.leftovers()]
         assert not left, "left behind:\n  " + "\n  ".join(left)
 
+    @staticmethod
+    def _nothing_in(daemon: Containerd) -> None:
+        """Its own shims and mounts are the engine's, to be taken away with their sandboxes."""
+
+        def left() -> list[str]:
+            return [*(f"containerd-shim {pid}" for pid in daemon.shims()), *daemon.mounts()]
+
+        eventually(lambda: not left(), seen=left)
+
     def _settings(self, name: str, *, tcp: bool) -> dict[str, str]:
         settings: dict[str, str] = {}
         if tcp:
@@ -196,6 +215,14 @@ class Shims:
         if self._registry is None:
             write_layout(self._folder / "layout", {IMAGE: busybox_image()})
             self._registry = self._closing.enter_context(registry(self._folder / "registry"))
+        if self._engine == "containerd":
+            if self._containerd is None:
+                self._containerd = self._closing.enter_context(containerd(self._source))
+                self._closing.callback(self._nothing_in, self._containerd)
+            settings |= {
+                "CONTAINERD__SOCKET": str(self._containerd.socket),
+                "CONTAINERD__NAMESPACE": name,
+            }
         return settings | {
             "OCI__IMAGE_LAYOUTS": json.dumps([str(self._folder / "layout")]),
             "OCI__INSECURE_REGISTRIES": json.dumps([self._registry.host]),
@@ -244,10 +271,10 @@ class Shims:
 
 
 @contextlib.contextmanager
-def shims(engine: str) -> Iterator[Shims]:
+def shims(engine: str, source: Source = "module") -> Iterator[Shims]:
     """Shims with one engine; nothing is left of them."""
     folder = Path(tempfile.mkdtemp(prefix="sbx-"))  # short: sockets lie below
-    made = Shims(folder, engine)
+    made = Shims(folder, engine, source)
     try:
         yield made
         made.close()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from tests.cluster import eventually
-from tests.conformance.shims import ENGINES, Shims, shims
+from tests.conformance.shims import ENGINES, REAL, Shims, shims
 from tests.conformance.targets import EngineTarget
 
 from sandkeeper.conformance.contract import rules
@@ -22,7 +22,7 @@ UNOBSERVABLE: dict[str, str] = {}
 
 
 def _marks(engine: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.oci] if engine == "oci" else []
+    return [pytest.mark.oci] if engine in REAL else []
 
 
 @pytest.fixture(scope="module")
