@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 import signal
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from sandkeeper.localcluster.containerd_sources import SOURCES
 from sandkeeper.localcluster.ocilayout import busybox_image, write_layout
 from sandkeeper.shim.engines.base import SANDBOX_PROCESS, EngineError
 from sandkeeper.shim.engines.containerd import ContainerdEngine
+from sandkeeper.shim.engines.containerd.images import ContainerdImages
 from sandkeeper.shim.settings import ContainerdSettings, OCISettings, ShimSettings
 from sandkeeper.wire import node_pb2 as pb
 
@@ -159,6 +161,28 @@ async def test_an_image_that_is_not_there_and_never_pulled_is_refused(make: Make
     with pytest.raises(EngineError) as caught:
         await make(never).prepare()
     assert (caught.value.reason, caught.value.retryable) == ("ErrImageNeverPull", False)
+
+
+async def test_images_that_nothing_uses_go_when_the_disk_is_full(
+    make: Make, node: Node, engine: ContainerdEngine, tmp_path: Path
+) -> None:
+    box = make(container("true"))
+    digests = await engine.prepare(box.id, box.config, lambda *_: None)
+    import_images(node.daemon, {IMPORTED: busybox_image()}, NAMESPACE)
+    store = ContainerdImages(
+        engine._client, "overlayfs", node.settings.oci, tmp_path,
+        clock=lambda: time.time() + 1000, disk_usage=lambda _: 99.0,
+    )  # fmt: skip
+    store.snapshots = tmp_path
+    await store.collect(frozenset(digests.values()))
+    kept = node.ctr("images", "list", "--quiet").split()
+    assert IMAGE in kept
+    await store.collect(frozenset())
+    assert node.ctr("images", "list", "--quiet").split() == []
+    # What a sandbox has prepared is held by its lease all the same.
+    await box.engine.start(box.id, box.config)
+    await box.engine.start_container(box.id, box.config, "main", 0)
+    assert (await box.wait()).status == 0
 
 
 # -- tasks
