@@ -46,6 +46,20 @@ def _open_outputs(folder: AttemptFolder) -> list[int]:
     return fds
 
 
+def _task_file(folder: AttemptFolder) -> Path:
+    """For the monitor: see there."""
+    return folder.run / "task"
+
+
+def shim_address(folder: AttemptFolder) -> ttrpc.Address | None:
+    """Where the shim of containerd's that has an attempt's task can be asked."""
+    try:
+        path, version, _ = _task_file(folder).read_text().splitlines()
+        return ttrpc.Address(path, int(version))
+    except (OSError, ValueError):
+        return None
+
+
 def _monitor_file(folder: AttemptFolder) -> Path:
     return folder.run / "monitor.json"
 
@@ -125,7 +139,7 @@ class TaskContainers(containers.Containers):
                 shim = tasks.shim_of(pid)
                 if shim is not None:
                     address = shim[1]
-                    (folder.run / "task").write_text(f"{address.path}\n{address.version}\n{name}\n")
+                    _task_file(folder).write_text(f"{address.path}\n{address.version}\n{name}\n")
                 self._watch(folder, outputs)
             finally:
                 for fd in outputs:
@@ -195,11 +209,12 @@ class TaskContainers(containers.Containers):
         """Asks how a process ended whose monitor could not tell: containerd's shim, then containerd. Whether it is
         known now. Raises CallError where containerd is away."""
         name = tasks.name_of(folder.runtime_id)
-        with contextlib.suppress(OSError, ValueError, ttrpc.ShimError):
-            path, version, task = (folder.run / "task").read_text().splitlines()
-            code, at = ttrpc.wait(ttrpc.Address(path, int(version)), task, _SHIM_SECONDS)
-            self.keep_exit(folder, code, at.timestamp())
-            return True
+        address = shim_address(folder)
+        with contextlib.suppress(ttrpc.ShimError):
+            if address is not None:
+                code, at = ttrpc.wait(address, name, _SHIM_SECONDS)
+                self.keep_exit(folder, code, at.timestamp())
+                return True
         found = tasks.get(self._client, name)
         if found.state == "stopped" and found.exited_at is not None:
             self.keep_exit(folder, found.exit_status, found.exited_at.timestamp())

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from sandkeeper.shim.engines.base import ExecSession, ProcessExit
-from sandkeeper.shim.engines.containerd import server, sessions, tasks, ttrpc
+from sandkeeper.shim.engines.containerd import server, sessions, tasks
 from sandkeeper.shim.engines.containerd.client import CallError, Client
-from sandkeeper.shim.engines.containerd.containers import TaskContainers
+from sandkeeper.shim.engines.containerd.containers import TaskContainers, shim_address
 from sandkeeper.shim.engines.containerd.images import ContainerdImages
 from sandkeeper.shim.engines.containerd.probe import Prober
 from sandkeeper.shim.engines.oci import exits, notes, runtimes
@@ -110,11 +110,7 @@ class ContainerdEngine(OCIEngine):
         stdin: bool,
         size: tuple[int, int] | None,
     ) -> ExecSession:
-        address = None
-        with contextlib.suppress(OSError, ValueError):
-            path, version, _ = (folder.run / "task").read_text().splitlines()
-            address = ttrpc.Address(path, int(version))
-        name = tasks.name_of(folder.runtime_id)
+        name, address = tasks.name_of(folder.runtime_id), shim_address(folder)
         return sessions.begin(self._client, name, address, files, process, stdin=stdin, size=size)
 
 

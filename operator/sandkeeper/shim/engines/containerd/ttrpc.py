@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from sandkeeper.wire.containerd import shimtask_pb2
 
@@ -32,13 +32,6 @@ class Address:
 
     path: str
     version: int
-
-    @classmethod
-    def from_json(cls, value: Any) -> Self | None:
-        try:
-            return cls(str(value["path"]), int(value["version"]))
-        except (KeyError, TypeError, ValueError):
-            return None
 
     @classmethod
     def in_bundle(cls, bundle: Path) -> Self | None:
