@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import signal
+import socket
 import time
 from collections.abc import Coroutine
 from datetime import UTC, datetime
@@ -202,6 +203,8 @@ class Operator:
 
     async def _run_kopf(self) -> None:
         namespaces = self.settings.namespaces
+        # For peers, of which we have none. kopf's own guess asks for the user's name, and a Pod's user has none.
+        identity: Any = socket.gethostname()
         # Not kopf.operator: at its end it cancels every task in the loop that is younger than itself, ours too.
         tasks = await kopf.spawn_tasks(
             registry=app.registry(self.informer, self._log_in),
@@ -209,6 +212,7 @@ class Operator:
             clusterwide=not namespaces,
             namespaces=namespaces,
             standalone=True,
+            identity=identity,
             ready_flag=self._watching,
         )
         self._take_signals()
