@@ -119,7 +119,7 @@ class ShimHost:
         self._processes.stop("shim")
         if self.engine in REAL:
             cgroups = Cgroups(self._cgroup_parent)
-            folders = [each.point / self._cgroup_parent for each in cgroups.hierarchies]
+            folders = cgroups.parents
 
             def gone() -> bool:
                 cgroups.close()

@@ -357,8 +357,8 @@ class LocalCluster:
         if self.plan.engine == "simulated":
             return
         parent, deadline = self.cgroup_parent(index), time.monotonic() + 2
-        cgroups = Cgroups(parent, hide_v2=self.plan.engine == "oci")
-        while any((each.point / parent).exists() for each in cgroups.hierarchies):
+        cgroups = Cgroups(parent)
+        while any(each.exists() for each in cgroups.parents):
             cgroups.close()
             if time.monotonic() > deadline:
                 return  # something is in them: what down was called for has failed, and says so itself

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -345,3 +346,18 @@ def test_only_what_is_in_the_monitors_cgroup_as_a_whole_is_found_there(make: Mak
     on_v2 = make(V2)
     write(on_v2.hierarchies[0].point / "sandkeeper" / MONITORS, cgroup__procs="2\n")
     assert on_v2.in_monitors() == frozenset()
+
+
+def test_beside_v1_what_a_shim_starts_is_in_no_cgroup_of_its_pod(make: Make, tmp_path: Path) -> None:
+    """containerd and kubelet end a Pod by killing what is in its cgroups, that of v2 among them."""
+    home = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    pod = tmp_path / "unified" / home.removeprefix("0::").lstrip("/")
+    pod.mkdir(parents=True)
+    found = make(HYBRID)
+    found.make_parent()
+    monitors = tmp_path / "unified" / "sandkeeper" / MONITORS
+    assert (monitors / "cgroup.procs").read_text() == str(os.getpid())
+    (monitors / "cgroup.procs").unlink()  # the kernel's own goes with the folder
+    found.close()
+    assert (pod / "cgroup.procs").read_text() == str(os.getpid())
+    assert not [each for each in found.parents if each.exists()]

@@ -1,7 +1,8 @@
 """The cgroups of sandboxes, on v1 (also hybrid) and v2.
 
 /<parent>/_monitors         conmon and the sandbox processes: out of the shim's own cgroup,
-                            so that nothing that ends the shim's cgroup ends them
+                            so that nothing that ends the shim's cgroup ends them; of a v2
+                            beside v1 all of them, and the shim too
 /<parent>/<sandbox>         one per sandbox: what is measured and frozen
 /<parent>/<sandbox>/<name>  one per container, made and limited by the runtime
 """
@@ -80,6 +81,8 @@ class Cgroups:
                 self.hidden = (str(unified),)
             else:
                 self._beside = (Mount(unified, frozenset()),)
+        self._unified = () if self.v2 or unified is None else (unified,)
+        self._home: Path | None = None
 
     def path(self, sandbox_id: str, container: str = "") -> str:
         """As the OCI spec's `linux.cgroupsPath` has it."""
@@ -113,6 +116,28 @@ class Cgroups:
             self._make(f"/{self.parent}/{MONITORS}")
         except OSError as error:
             raise EngineError("NodeUnsupported", f"cgroup cannot be made: {error}") from None
+        self._leave()
+
+    def _leave(self) -> None:
+        """v2 beside v1: takes this process to the monitors' cgroup there, and so all that it will start.
+
+        What ends a Pod, runc or kubelet, kills all that is in the Pod's cgroup of any hierarchy, and of this one a
+        runtime sees nothing. No controller that we use is in it, so nothing is reckoned elsewhere by this.
+        """
+        for point in self._unified:
+            with contextlib.suppress(OSError, StopIteration):
+                lines = Path("/proc/self/cgroup").read_text().splitlines()
+                path = next(line for line in lines if line.startswith("0::")).removeprefix("0::")
+                monitors = point / self.parent / MONITORS
+                monitors.mkdir(parents=True, exist_ok=True)
+                (monitors / "cgroup.procs").write_text(str(os.getpid()))
+                self._home = point / path.lstrip("/")
+
+    @property
+    def parents(self) -> list[Path]:
+        """Where the cgroup above all sandboxes is, in every hierarchy."""
+        points = [*(each.point for each in self.hierarchies), *self._unified]
+        return [point / self.parent for point in points]
 
     def make(self, sandbox_id: str) -> None:
         self._make(self.path(sandbox_id))
@@ -282,8 +307,11 @@ class Cgroups:
 
     def close(self) -> None:
         """Removes the shared cgroups where nothing is in them."""
-        for name in (f"/{self.parent}/{MONITORS}", f"/{self.parent}"):
-            for folder in self._each(name):
+        if self._home is not None:
+            with contextlib.suppress(OSError):
+                (self._home / "cgroup.procs").write_text(str(os.getpid()))
+        for parent in self.parents:
+            for folder in (parent / MONITORS, parent):
                 with contextlib.suppress(OSError):
                     folder.rmdir()
 
