@@ -15,14 +15,15 @@ RUN apt-get update -qq \
 RUN python3 -m venv /opt/sandkeeper
 # pip's own setting: the CA of a mirror, where one stands between.
 ARG PIP_CERT
-COPY requirements.lock /src/
-RUN /opt/sandkeeper/bin/pip install --quiet --no-cache-dir --require-hashes -r /src/requirements.lock
-# The package as it is: nothing of it is generated at its build, so no build tool is fetched.
-COPY operator/sandkeeper /opt/sandkeeper/lib/python3.11/site-packages/sandkeeper
-RUN python3 -m compileall -q /opt/sandkeeper/lib \
- && /opt/sandkeeper/bin/pip uninstall --quiet -y pip setuptools \
- && printf '#!/opt/sandkeeper/bin/python3\nfrom sandkeeper.cli.main import main\n\nmain()\n' >/opt/sandkeeper/bin/sandkeeper \
- && chmod 755 /opt/sandkeeper/bin/sandkeeper
+ENV PATH=/opt/sandkeeper/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_QUIET=1
+WORKDIR /src
+COPY requirements.lock requirements-dev.lock ./
+RUN sed -n '/^setuptools==/,/# via/p' requirements-dev.lock >build.lock \
+ && pip install --require-hashes -r requirements.lock -r build.lock
+COPY pyproject.toml README.md LICENSE ./
+COPY operator operator
+RUN pip install --no-deps --no-build-isolation . \
+ && pip uninstall -y setuptools pip
 
 FROM python
 # What the oci engine drives (docs/decisions/0005-tools-for-images-and-processes.md).

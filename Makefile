@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 again := --reruns 1 --rerun-except 'left behind' --rerun-except 'untrue history'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test e2e faults check bench crds stubs rules lock conformance setup lint unit clean
+.PHONY: help demo test image e2e faults check bench crds stubs rules lock conformance setup lint unit clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,11 +41,15 @@ demo: setup ## From kubectl apply to an exit status in the object, on a real API
 test: test-setup check ## All tests: unit, then against a real API server with crun and runc
 	@$(py) -m pytest tests --ignore=tests/unit --ignore=tests/e2e --ignore=tests/gitops $(again) $(PYTEST_ARGS)
 
+image: $(VENV)/.ready ## The image of operator and shim, into build/sandkeeper.tar (with Docker, or as root with buildah)
+	@command -v docker >/dev/null || command -v podman >/dev/null || $(py) -m sandkeeper.localcluster.preflight --install --no-tests --image
+	@$(py) hack/image.py
+
 # No part of `make test`: it builds kubelet and its like first, a quarter of an hour on 2 cores with an empty cache.
-e2e: test-setup ## A real Kubernetes of one node without Docker (needs root; the first time it builds kubelet)
+e2e: test-setup image ## A real Kubernetes of one node without Docker (needs root; the first time it builds kubelet)
 	@$(py) -m sandkeeper.localcluster.preflight --install --e2e
 	@$(py) -m sandkeeper.localcluster.binaries --e2e
-	@$(py) -m pytest tests/e2e $(PYTEST_ARGS)
+	@SANDKEEPER_TEST_IMAGE=build/sandkeeper.tar $(py) -m pytest tests/e2e $(PYTEST_ARGS)
 
 faults: test-setup ## Every fault at every effect, and a table of what held (an hour)
 	@$(py) -m pytest tests/faults --faults=all $(PYTEST_ARGS)

@@ -57,6 +57,10 @@ E2E = (
     Need(("pkg-config",), "pkg-config", "builds runc"),
     Need(("/usr/include/seccomp.h",), "libseccomp-dev", "builds runc"),
 )
+IMAGE = (
+    Need(("buildah",), "buildah", "builds the image"),
+    Need(("debootstrap",), "debootstrap", "the image's base"),
+)
 NO_ROOT = "The oci engine needs root (it makes namespaces, mounts and cgroups): run as root, or use --engine simulated"
 
 
@@ -133,9 +137,10 @@ def _apt(argv: Sequence[str]) -> bool:
 @click.option("--install", "wanted", is_flag=True, help="Install what is missing with apt-get, when root.")
 @click.option("--tests/--no-tests", default=True, help="Also what only the tests need.")
 @click.option("--e2e", is_flag=True, help="Also what a node of our own needs.")
-def main(wanted: bool, tests: bool, e2e: bool) -> None:
+@click.option("--image", is_flag=True, help="Also what builds the image without Docker.")
+def main(wanted: bool, tests: bool, e2e: bool, image: bool) -> None:
     """Check that this machine has what the oci engine needs. Exit status 1 when it has not."""
-    chosen = ((tests, TESTS), (e2e, E2E))
+    chosen = ((tests, TESTS), (e2e, E2E), (image, IMAGE))
     needs = (*ENGINE, *(need for wished, needs in chosen if wished for need in needs))
     if wanted:
         install(needs)
