@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cluster import fresh_namespace
+from tests.e2e.install import Installation, image_archive, install
 from tests.images import busybox_image
 from tests.leaks import Leaks
+from tests.sandboxes import Sandboxes
 
 from sandkeeper.localcluster.onenode import OneNode
 
@@ -38,17 +40,29 @@ def fresh_node(**options: Any) -> Iterator[OneNode]:
         yield made
     assert not made.folder.exists(), f"left behind: {made.folder}"
     Leaks(made.folder, made.cgroup).assert_none(60)
-    left = [str(each) for each in Path("/sys/fs/cgroup").glob(f"*/{made.cgroup}")]
+    left = [str(each) for each in Path("/sys/fs/cgroup").glob(f"**/{made.cgroup}*")]
     assert not left, f"left behind: {left}"
     assert _machine() == before
 
 
+@pytest.fixture(scope="session")
+def installation(node: OneNode, tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    """Sandkeeper on the node, by the manifests and the image of this tree."""
+    return install(node, image_archive(tmp_path_factory.mktemp("image")))
+
+
+@pytest.fixture
+def sandboxes(installation: Installation) -> Iterator[Sandboxes]:
+    """What a user does in a namespace of their own."""
+    with fresh_namespace(installation.kubectl) as name:
+        yield Sandboxes(installation.kubectl, name)
+
+
 def _machine() -> dict[str, str]:
-    """What kubelet, CNI and containerd would change on a machine that they have to themselves."""
-    interfaces = subprocess.run(["ip", "-br", "link"], capture_output=True, text=True, check=True).stdout
-    names = " ".join(sorted(line.split()[0] for line in interfaces.splitlines() if " cni" in f" {line}"))
+    """What kubelet and our manifests would leave on a machine that they have to themselves."""
     files = ("vm/overcommit_memory", "kernel/panic", "kernel/panic_on_oops", "kernel/keys/root_maxkeys")
-    found = {name: Path("/proc/sys", name).read_text() for name in files}
-    for folder in ("/var/lib/kubelet", "/var/lib/cni", "/var/log/pods", "/etc/cni", "/run/containerd/s"):
-        found[folder] = str(sorted(Path(folder).glob("*")))
-    return {**found, "interfaces": names}
+    folders = ("/var/lib/kubelet", "/var/lib/sandkeeper", "/var/log/pods", "/etc/sandkeeper")
+    return {
+        **{name: Path("/proc/sys", name).read_text() for name in files},
+        **{name: str(sorted(Path(name).glob("*"))) for name in folders},
+    }

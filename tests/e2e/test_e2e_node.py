@@ -11,7 +11,7 @@ from tests.e2e.conftest import BUSYBOX
 
 from sandkeeper.localcluster.onenode import OneNode
 
-pytestmark = [pytest.mark.e2e]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def node() -> Iterator[OneNode]:
             "NODE_NAME": "node-1",
             "STATE_DIR": str(socket.parent / "state"),
             "RUN_DIR": str(socket.parent),
-            "OCI__CGROUP_PARENT": f"{made.cgroup}-shim",
+            "OCI__CGROUP_PARENT": made.sandboxes_cgroup,
             "SANDBOXER__TASK_SHIM": str(made.containerd.programs / "containerd-shim-runc-v2"),
             "SANDBOXER__CONTAINERD_ROOT": str(made.containerd.folder / "root"),
             "SANDBOXER__CONTAINERD_SOCKET": str(made.containerd.socket),

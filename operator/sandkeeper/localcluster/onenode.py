@@ -43,7 +43,7 @@ _SYSCTLS = {
     "vm/overcommit_memory": "1",
     "vm/panic_on_oom": "0",
 }
-# What is written there stays in the node's folder.
+# What is written there, and in /etc, stays in the node's folder.
 _HIDDEN = ("/run", "/var/lib", "/var/log")
 
 _NETWORK = (
@@ -67,9 +67,10 @@ class OneNode:
         self._programs = node_sources.ensure(say=self._say)
         self.folder = folder or Path(tempfile.mkdtemp(prefix="node-"))
         self.cgroup = f"sandkeeper-{self.folder.name}"
+        self.sandboxes_cgroup = f"{self.cgroup}-sandboxes"
         root = self.folder / "root"
-        binds = {root / path.strip("/").replace("/", "-"): path for path in _HIDDEN}
-        binds |= {root / path.replace("/", "-"): f"/proc/sys/{path}" for path in _SYSCTLS}
+        binds = {root / _flat(path): path for path in _HIDDEN}
+        binds |= {root / _flat(path): f"/proc/sys/{path}" for path in _SYSCTLS}
         self.namespaces = Namespaces(self.folder / "namespaces", NODE, binds)
         self.processes = Processes(self.folder, self.namespaces.popen)
         self.containerd = Containerd(
@@ -77,7 +78,7 @@ class OneNode:
             cri=True,
             config=_containerd_config(self.folder / "cni", self._programs["runc"], sandboxer),
             sandboxers={sandboxer: self.sandboxer_socket} if sandboxer else {},
-            cgroups=(self.cgroup,),
+            cgroups=(self.cgroup, self.sandboxes_cgroup),
             processes=Processes(self.folder / "c", self.namespaces.popen),
             say=self._say,
         )
@@ -101,7 +102,9 @@ class OneNode:
         self._make_folders()
         self.namespaces.start()
         for words in _NETWORK:
-            self._run_within("ip", *words.split())
+            self.run_within("ip", *words.split())
+        layers = f"lowerdir=/etc,upperdir={self.folder}/root/etc,workdir={self.folder}/root/work"
+        self.run_within("mount", "-t", "overlay", "-o", layers, "overlay", "/etc")
         self._say("etcd, kube-apiserver and containerd are starting")
         self.api.start(say=self._say)
         self.containerd.start()
@@ -148,6 +151,13 @@ class OneNode:
         flags = [f"--config={config}", f"--kubeconfig={kubeconfig}", f"--hostname-override={NODE}"]
         self._spawn("kubelet", [*flags, f"--node-ip={ADDRESS}"])
 
+    def restart_services(self) -> None:
+        """Ends kubelet and containerd, as an upgrade of a node does, and starts them anew. What they ran runs on."""
+        self.processes.stop("kubelet")
+        self.containerd.restart()
+        self.start_kubelet()
+        _until(self._node_ready, "the node", self._why)
+
     # Using it
 
     @property
@@ -186,6 +196,18 @@ class OneNode:
         """The administrator's, good in the node's network."""
         return self.api.kubeconfig
 
+    def run_within(self, *argv: str) -> str:
+        """What a command prints that runs on the node. Raises NotReady."""
+        result = subprocess.run([*self.namespaces.enter, *argv], capture_output=True, text=True, check=False)
+        if result.returncode != 0:
+            raise NotReady(f"{' '.join(argv)}: {result.stderr.strip()}")
+        return result.stdout
+
+    def outside(self, path: str) -> Path:
+        """Where the machine has what the node has at `path`, below /run, /var/lib or /var/log."""
+        hidden = next(each for each in _HIDDEN if path.startswith(f"{each}/"))
+        return self.folder / "root" / _flat(hidden) / path.removeprefix(f"{hidden}/")
+
     def import_images(self, images: Mapping[str, ImageDef]) -> None:
         """Gives containerd images under their full names, for pods: there is no registry."""
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="images-") as work:
@@ -211,20 +233,15 @@ class OneNode:
 
     def _make_folders(self) -> None:
         root = self.folder / "root"
-        for path in _HIDDEN:
-            (root / path.strip("/").replace("/", "-")).mkdir(parents=True, exist_ok=True)
+        for name in (*map(_flat, _HIDDEN), "etc", "work"):
+            (root / name).mkdir(parents=True, exist_ok=True)
         for path, value in _SYSCTLS.items():
-            (root / path.replace("/", "-")).write_text(f"{value}\n")
+            (root / _flat(path)).write_text(f"{value}\n")
         (self.folder / "resolv.conf").write_text("")
         (self.folder / "cni").mkdir(exist_ok=True)
         (self.folder / "cni" / "10-pods.conflist").write_text(json.dumps(_cni_config()))
         for hierarchy in _hierarchies():  # kubelet wants it to be there
             (hierarchy / self.cgroup).mkdir(exist_ok=True)
-
-    def _run_within(self, *argv: str) -> None:
-        result = subprocess.run([*self.namespaces.enter, *argv], capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            raise NotReady(f"{' '.join(argv)}: {result.stderr.strip()}")
 
     def _spawn(self, name: str, flags: list[str]) -> None:
         environment = {"PATH": f"{os.defpath}:/usr/sbin:/sbin", "HOME": "/root"}
@@ -283,6 +300,10 @@ class OneNode:
             "imageGCHighThresholdPercent": 100,
             "oomScoreAdj": _oom_score_adj(),  # lowering it takes CAP_SYS_RESOURCE, which root may lack
         }
+
+
+def _flat(path: str) -> str:
+    return path.strip("/").replace("/", "-")
 
 
 def _until(condition: Any, what: str, why: Any = lambda: "") -> None:

@@ -1,0 +1,115 @@
+"""Sandkeeper on a node as a user installs it: the image, certificates, `kubectl apply -k manifests/`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.images import busybox_image, write_layout
+
+from sandkeeper.localcluster import pki
+from sandkeeper.localcluster.apiserver import Kubectl
+from sandkeeper.localcluster.cluster import OFFLINE_IMAGE
+from sandkeeper.localcluster.onenode import ADDRESS, NODE, OneNode
+from sandkeeper.wire.tls import OPERATOR_IDENTITY
+
+ROOT = Path(__file__).parents[2]
+SYSTEM, NODES = "sandkeeper-system", "sandkeeper-node"
+IMAGE = "SANDKEEPER_TEST_IMAGE"
+_LAYOUTS = "/var/lib/sandkeeper/layouts"
+_PKI = "/etc/sandkeeper/pki"
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    node: OneNode
+
+    @property
+    def kubectl(self) -> Kubectl:
+        """As administrator."""
+        return self.node.kubectl
+
+    def roll(self, kind: str) -> None:
+        """Waits until what is asked for of the operator (deployment) or the shims (daemonset) runs."""
+        namespace, name = (SYSTEM, "operator") if kind == "deployment" else (NODES, "shim")
+        self.kubectl("-n", namespace, "rollout", "status", f"{kind}/sandkeeper-{name}", "--timeout=180s")
+
+    def pods(self) -> dict[str, str]:
+        """Name -> UID of the operator's and the shims' Pods."""
+        found: list[dict[str, Any]] = []
+        for namespace in (SYSTEM, NODES):
+            found += json.loads(self.kubectl("-n", namespace, "get", "pods", "-o", "json"))["items"]
+        return {each["metadata"]["name"]: each["metadata"]["uid"] for each in found}
+
+    def why(self) -> str:
+        """What to read when something does not become ready."""
+        said = [self.kubectl("get", "pods", "-A", "-o", "wide", check=False)]
+        for namespace in (SYSTEM, NODES):
+            said.append(self.kubectl("-n", namespace, "describe", "pods", check=False)[-3000:])
+            said.append(
+                self.kubectl(
+                    "-n", namespace, "logs", "--tail=20", "--all-containers", "-l", _OURS, check=False
+                )
+            )
+        return "\n".join(said)
+
+
+_OURS = "app.kubernetes.io/part-of=sandkeeper"
+
+
+def image_archive(folder: Path) -> Path:
+    """The image of this tree, built now, or the one that $SANDKEEPER_TEST_IMAGE names."""
+    if named := os.environ.get(IMAGE):
+        return Path(named).resolve()
+    archive = folder / "sandkeeper.tar"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "operator")}
+    subprocess.run(
+        [sys.executable, str(ROOT / "hack" / "image.py"), "--output", str(archive)],
+        check=True,
+        env=environment,
+    )
+    return archive
+
+
+def install(node: OneNode, archive: Path) -> Installation:
+    """All of it, Ready. The certificates are made here: there is nothing that signs a node's request yet."""
+    made = Installation(node)
+    kubectl = node.kubectl
+    node.import_archive(archive)
+    write_layout(node.outside(_LAYOUTS), {OFFLINE_IMAGE: busybox_image()})  # there is no registry
+    ca = pki.CA.create(node.folder / "pki" / "sandkeeper", "sandkeeper test nodes")
+    operator, shim = (
+        ca.client(OPERATOR_IDENTITY, hosts=(OPERATOR_IDENTITY,)),
+        ca.server(NODE, (NODE, ADDRESS)),
+    )
+    node.run_within("mkdir", "-p", _PKI)
+    for source, name in ((ca.cert, "ca.crt"), (shim.cert, "node.crt"), (shim.key, "node.key")):
+        node.run_within("cp", str(source), f"{_PKI}/{name}")
+    kubectl("apply", "--server-side", "-k", str(ROOT / "manifests"))
+    files = {"ca.crt": ca.cert, "tls.crt": operator.cert, "tls.key": operator.key}
+    flags = [f"--from-file={name}={path}" for name, path in files.items()]
+    kubectl("-n", SYSTEM, "create", "secret", "generic", "sandkeeper-operator-tls", *flags)
+    settings = [
+        f"SANDKEEPER_SHIM_OCI__IMAGE_LAYOUTS={json.dumps([_LAYOUTS])}",
+        f"SANDKEEPER_SHIM_OCI__CGROUP_PARENT={node.sandboxes_cgroup}",
+    ]
+    kubectl("-n", NODES, "set", "env", "daemonset/sandkeeper-shim", *settings)
+    body = {
+        "apiVersion": "sandkeeper.dev/v1alpha1",
+        "kind": "SandboxNode",
+        "metadata": {"name": NODE, "labels": {"kubernetes.io/hostname": NODE}},
+        "spec": {"address": f"{ADDRESS}:7443", "serverName": NODE},
+    }
+    try:
+        made.roll("daemonset")
+        kubectl("apply", "-f", "-", input=json.dumps(body))
+        made.roll("deployment")
+        kubectl("wait", "sandboxnodes", "--all", "--for=condition=Ready", "--timeout=120s")
+    except Exception as error:
+        raise AssertionError(f"{error}\n{made.why()}") from error
+    return made
