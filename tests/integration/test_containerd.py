@@ -24,7 +24,7 @@ from sandkeeper.localcluster.containerd import Containerd
 from sandkeeper.localcluster.containerd_sources import SOURCES
 from sandkeeper.localcluster.ocilayout import busybox_image, write_layout
 from sandkeeper.shim.engines.base import SANDBOX_PROCESS, EngineError
-from sandkeeper.shim.engines.containerd import ContainerdEngine
+from sandkeeper.shim.engines.containerd import ContainerdEngine, ttrpc
 from sandkeeper.shim.engines.containerd.images import ContainerdImages
 from sandkeeper.shim.settings import ContainerdSettings, OCISettings, ShimSettings
 from sandkeeper.wire import node_pb2 as pb
@@ -202,6 +202,16 @@ async def test_a_sandbox_has_one_shim_of_containerd(make: Make, node: Node) -> N
     assert await session.wait() == 0
     await session.kill()
     assert len(node.daemon.shims()) == 1
+
+
+async def test_the_socket_of_its_shim_goes_with_it(make: Make, node: Node) -> None:
+    box = make(container("sleep 1000"), container("exit 0", name="other"))
+    await box.start()
+    bundles = node.daemon.state.glob("io.containerd.runtime.v2.task/*/*")
+    found = {Path(address.path) for each in bundles if (address := ttrpc.Address.in_bundle(each))}
+    assert [each.is_socket() for each in found] == [True]
+    await box.engine.remove(box.id)
+    assert [each.exists() for each in found] == [False]
 
 
 async def test_a_name_longer_than_containerds(make: Make) -> None:

@@ -236,10 +236,14 @@ class TaskContainers(containers.Containers):
 
     def _remove_rest(self, folder: SandboxFolder) -> None:
         names = {tasks.name_of(each.runtime_id) for each in folder.attempts()}
+        shims = [address for each in folder.attempts() if (address := shim_address(each)) is not None]
         names |= set(tasks.labelled(self._client, folder.sandbox_id))
         for name in sorted(names):
             tasks.delete(self._client, name)
             unpack.remove(self._client, self._snapshotter, name)
+        for address in shims:
+            # containerd 2 forgets the socket of a shim that several containers had.
+            Path(address.path).unlink(missing_ok=True)
         # With what else it held: returns when the files of the snapshots are gone.
         request = leases_pb2.DeleteRequest(id=lease_of(folder.sandbox_id), sync=True)
         self._client.found(self._client.leases.Delete, request)
