@@ -68,6 +68,23 @@ class OCISettings(BaseModel):
     image_disk_low: int = Field(80, ge=1, le=100, description="Percent of disk in use that ends it.")
 
 
+class SandboxedRuntime(BaseModel):
+    """A runtime that a sandboxer of containerd's serves."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sandboxer: str = Field(
+        pattern=r"^[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*$",
+        max_length=76,
+        description="Its name: of containerd's `proxy_plugins`.",
+    )
+    runtime: str = Field(
+        "runc",
+        min_length=1,
+        description="What its containers run with: a program that io.containerd.runc.v2 calls, or containerd's name.",
+    )
+
+
 class ContainerdSettings(BaseModel):
     """The containerd engine. What it does not name is as in `oci`: limits, images' sources, cgroup_parent."""
 
@@ -85,6 +102,10 @@ class ContainerdSettings(BaseModel):
         default_factory=dict,
         description="Name -> program that io.containerd.runc.v2 calls, or containerd's name of another runtime; "
         "default: the programs in oci.runtimes.",
+    )
+    sandboxers: dict[str, SandboxedRuntime] = Field(
+        default_factory=dict,
+        description="Name -> sandboxer of containerd's that makes the sandboxes of a runtime of that name.",
     )
 
 

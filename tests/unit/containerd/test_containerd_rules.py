@@ -11,6 +11,7 @@ import pytest
 from sandkeeper.shim.engines.base import EngineError
 from sandkeeper.shim.engines.containerd import server, tasks, ttrpc, unpack
 from sandkeeper.shim.engines.containerd.client import CallError, start_error
+from sandkeeper.shim.engines.containerd.sandboxes import Target
 from sandkeeper.shim.engines.oci.options import Options
 from sandkeeper.shim.settings import ContainerdSettings, OCISettings, ShimSettings
 from sandkeeper.wire.containerd import introspection_pb2
@@ -67,11 +68,31 @@ SHIM = plugin("sandbox.controller.v1", "shim")
 
 def test_what_is_understood() -> None:
     found = server.understand("2.3.7", [RUNTIME, OVERLAY, SHIM], "overlayfs")
-    assert found == server.Server("2.3.7", "/var/lib/x", frozenset({"shim"}))
+    assert found == server.Server("2.3.7", "/var/lib/x", {"shim": ""})
 
 
 def test_a_controller_that_answers_wrongly_is_no_sandboxer() -> None:
-    assert server.understand("2.2.3", [RUNTIME, OVERLAY, SHIM], "overlayfs").sandboxers == frozenset()
+    found = server.understand("2.2.3", [RUNTIME, OVERLAY, SHIM], "overlayfs")
+    assert found.sandboxers == {}
+    assert "2.2.4" in server.why_no_sandboxer(found, "shim")
+
+
+def test_a_sandboxer_that_is_not_loaded_is_named() -> None:
+    found = server.understand("2.3.7", [RUNTIME, OVERLAY, SHIM], "overlayfs")
+    assert server.why_no_sandboxer(found, "shim") == ""
+    assert "'vmm'" in server.why_no_sandboxer(found, "vmm")
+
+
+def test_what_is_in_place_of_a_program_is_told_apart() -> None:
+    target = Target("vmm", "/usr/bin/crun")
+    assert Target.parse(str(target)) == target
+    assert Target.parse("/usr/bin/crun") is None
+    assert Target.parse("io.containerd.kata.v2") is None
+
+
+def test_a_task_service_is_asked_without_containerd_only_where_it_can_be() -> None:
+    assert tasks.Inside("a", "ttrpc+unix:///run/x.sock", 3).shim == ttrpc.Address("/run/x.sock", 3)
+    assert tasks.Inside("a", "grpc+vsock://3:1024", 3).shim is None
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+sandkeeper/wire/containerd/containers.proto\x12!containerd.services.containers.v1\x1a\x19google/protobuf/any.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xf0\x04\n\tContainer\x12\n\n\x02id\x18\x01 \x01(\t\x12H\n\x06labels\x18\x02 \x03(\x0b\x32\x38.containerd.services.containers.v1.Container.LabelsEntry\x12\r\n\x05image\x18\x03 \x01(\t\x12\x45\n\x07runtime\x18\x04 \x01(\x0b\x32\x34.containerd.services.containers.v1.Container.Runtime\x12\"\n\x04spec\x18\x05 \x01(\x0b\x32\x14.google.protobuf.Any\x12\x13\n\x0bsnapshotter\x18\x06 \x01(\t\x12\x14\n\x0csnapshot_key\x18\x07 \x01(\t\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12P\n\nextensions\x18\n \x03(\x0b\x32<.containerd.services.containers.v1.Container.ExtensionsEntry\x1a>\n\x07Runtime\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x07options\x18\x02 \x01(\x0b\x32\x14.google.protobuf.Any\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1aG\n\x0f\x45xtensionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.google.protobuf.Any:\x02\x38\x01\"!\n\x13GetContainerRequest\x12\n\n\x02id\x18\x01 \x01(\t\"W\n\x14GetContainerResponse\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container\"(\n\x15ListContainersRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"Z\n\x16ListContainersResponse\x12@\n\ncontainers\x18\x01 \x03(\x0b\x32,.containerd.services.containers.v1.Container\"Y\n\x16\x43reateContainerRequest\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container\"Z\n\x17\x43reateContainerResponse\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container\"$\n\x16\x44\x65leteContainerRequest\x12\n\n\x02id\x18\x01 \x01(\t2\xdf\x03\n\nContainers\x12v\n\x03Get\x12\x36.containerd.services.containers.v1.GetContainerRequest\x1a\x37.containerd.services.containers.v1.GetContainerResponse\x12{\n\x04List\x12\x38.containerd.services.containers.v1.ListContainersRequest\x1a\x39.containerd.services.containers.v1.ListContainersResponse\x12\x7f\n\x06\x43reate\x12\x39.containerd.services.containers.v1.CreateContainerRequest\x1a:.containerd.services.containers.v1.CreateContainerResponse\x12[\n\x06\x44\x65lete\x12\x39.containerd.services.containers.v1.DeleteContainerRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+sandkeeper/wire/containerd/containers.proto\x12!containerd.services.containers.v1\x1a\x19google/protobuf/any.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x81\x05\n\tContainer\x12\n\n\x02id\x18\x01 \x01(\t\x12H\n\x06labels\x18\x02 \x03(\x0b\x32\x38.containerd.services.containers.v1.Container.LabelsEntry\x12\r\n\x05image\x18\x03 \x01(\t\x12\x45\n\x07runtime\x18\x04 \x01(\x0b\x32\x34.containerd.services.containers.v1.Container.Runtime\x12\"\n\x04spec\x18\x05 \x01(\x0b\x32\x14.google.protobuf.Any\x12\x13\n\x0bsnapshotter\x18\x06 \x01(\t\x12\x14\n\x0csnapshot_key\x18\x07 \x01(\t\x12.\n\ncreated_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nupdated_at\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12P\n\nextensions\x18\n \x03(\x0b\x32<.containerd.services.containers.v1.Container.ExtensionsEntry\x12\x0f\n\x07sandbox\x18\x0b \x01(\t\x1a>\n\x07Runtime\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x07options\x18\x02 \x01(\x0b\x32\x14.google.protobuf.Any\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1aG\n\x0f\x45xtensionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.google.protobuf.Any:\x02\x38\x01\"!\n\x13GetContainerRequest\x12\n\n\x02id\x18\x01 \x01(\t\"W\n\x14GetContainerResponse\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container\"(\n\x15ListContainersRequest\x12\x0f\n\x07\x66ilters\x18\x01 \x03(\t\"Z\n\x16ListContainersResponse\x12@\n\ncontainers\x18\x01 \x03(\x0b\x32,.containerd.services.containers.v1.Container\"Y\n\x16\x43reateContainerRequest\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container\"Z\n\x17\x43reateContainerResponse\x12?\n\tcontainer\x18\x01 \x01(\x0b\x32,.containerd.services.containers.v1.Container\"$\n\x16\x44\x65leteContainerRequest\x12\n\n\x02id\x18\x01 \x01(\t2\xdf\x03\n\nContainers\x12v\n\x03Get\x12\x36.containerd.services.containers.v1.GetContainerRequest\x1a\x37.containerd.services.containers.v1.GetContainerResponse\x12{\n\x04List\x12\x38.containerd.services.containers.v1.ListContainersRequest\x1a\x39.containerd.services.containers.v1.ListContainersResponse\x12\x7f\n\x06\x43reate\x12\x39.containerd.services.containers.v1.CreateContainerRequest\x1a:.containerd.services.containers.v1.CreateContainerResponse\x12[\n\x06\x44\x65lete\x12\x39.containerd.services.containers.v1.DeleteContainerRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,27 +39,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONTAINER_EXTENSIONSENTRY']._loaded_options = None
   _globals['_CONTAINER_EXTENSIONSENTRY']._serialized_options = b'8\001'
   _globals['_CONTAINER']._serialized_start=172
-  _globals['_CONTAINER']._serialized_end=796
-  _globals['_CONTAINER_RUNTIME']._serialized_start=614
-  _globals['_CONTAINER_RUNTIME']._serialized_end=676
-  _globals['_CONTAINER_LABELSENTRY']._serialized_start=678
-  _globals['_CONTAINER_LABELSENTRY']._serialized_end=723
-  _globals['_CONTAINER_EXTENSIONSENTRY']._serialized_start=725
-  _globals['_CONTAINER_EXTENSIONSENTRY']._serialized_end=796
-  _globals['_GETCONTAINERREQUEST']._serialized_start=798
-  _globals['_GETCONTAINERREQUEST']._serialized_end=831
-  _globals['_GETCONTAINERRESPONSE']._serialized_start=833
-  _globals['_GETCONTAINERRESPONSE']._serialized_end=920
-  _globals['_LISTCONTAINERSREQUEST']._serialized_start=922
-  _globals['_LISTCONTAINERSREQUEST']._serialized_end=962
-  _globals['_LISTCONTAINERSRESPONSE']._serialized_start=964
-  _globals['_LISTCONTAINERSRESPONSE']._serialized_end=1054
-  _globals['_CREATECONTAINERREQUEST']._serialized_start=1056
-  _globals['_CREATECONTAINERREQUEST']._serialized_end=1145
-  _globals['_CREATECONTAINERRESPONSE']._serialized_start=1147
-  _globals['_CREATECONTAINERRESPONSE']._serialized_end=1237
-  _globals['_DELETECONTAINERREQUEST']._serialized_start=1239
-  _globals['_DELETECONTAINERREQUEST']._serialized_end=1275
-  _globals['_CONTAINERS']._serialized_start=1278
-  _globals['_CONTAINERS']._serialized_end=1757
+  _globals['_CONTAINER']._serialized_end=813
+  _globals['_CONTAINER_RUNTIME']._serialized_start=631
+  _globals['_CONTAINER_RUNTIME']._serialized_end=693
+  _globals['_CONTAINER_LABELSENTRY']._serialized_start=695
+  _globals['_CONTAINER_LABELSENTRY']._serialized_end=740
+  _globals['_CONTAINER_EXTENSIONSENTRY']._serialized_start=742
+  _globals['_CONTAINER_EXTENSIONSENTRY']._serialized_end=813
+  _globals['_GETCONTAINERREQUEST']._serialized_start=815
+  _globals['_GETCONTAINERREQUEST']._serialized_end=848
+  _globals['_GETCONTAINERRESPONSE']._serialized_start=850
+  _globals['_GETCONTAINERRESPONSE']._serialized_end=937
+  _globals['_LISTCONTAINERSREQUEST']._serialized_start=939
+  _globals['_LISTCONTAINERSREQUEST']._serialized_end=979
+  _globals['_LISTCONTAINERSRESPONSE']._serialized_start=981
+  _globals['_LISTCONTAINERSRESPONSE']._serialized_end=1071
+  _globals['_CREATECONTAINERREQUEST']._serialized_start=1073
+  _globals['_CREATECONTAINERREQUEST']._serialized_end=1162
+  _globals['_CREATECONTAINERRESPONSE']._serialized_start=1164
+  _globals['_CREATECONTAINERRESPONSE']._serialized_end=1254
+  _globals['_DELETECONTAINERREQUEST']._serialized_start=1256
+  _globals['_DELETECONTAINERREQUEST']._serialized_end=1292
+  _globals['_CONTAINERS']._serialized_start=1295
+  _globals['_CONTAINERS']._serialized_end=1774
 # @@protoc_insertion_point(module_scope)

@@ -98,10 +98,13 @@ class Container(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     UPDATED_AT_FIELD_NUMBER: _builtins.int
     EXTENSIONS_FIELD_NUMBER: _builtins.int
+    SANDBOX_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     image: _builtins.str
     snapshotter: _builtins.str
     snapshot_key: _builtins.str
+    sandbox: _builtins.str
+    """Since 1.7."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -127,10 +130,11 @@ class Container(_message.Message):
         created_at: _timestamp_pb2.Timestamp | None = ...,
         updated_at: _timestamp_pb2.Timestamp | None = ...,
         extensions: _abc.Mapping[_builtins.str, _any_pb2.Any] | None = ...,
+        sandbox: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "runtime", b"runtime", "spec", b"spec", "updated_at", b"updated_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "extensions", b"extensions", "id", b"id", "image", b"image", "labels", b"labels", "runtime", b"runtime", "snapshot_key", b"snapshot_key", "snapshotter", b"snapshotter", "spec", b"spec", "updated_at", b"updated_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "extensions", b"extensions", "id", b"id", "image", b"image", "labels", b"labels", "runtime", b"runtime", "sandbox", b"sandbox", "snapshot_key", b"snapshot_key", "snapshotter", b"snapshotter", "spec", b"spec", "updated_at", b"updated_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -32,6 +32,8 @@ class Options(_message.Message):
     BINARY_NAME_FIELD_NUMBER: _builtins.int
     ROOT_FIELD_NUMBER: _builtins.int
     SYSTEMD_CGROUP_FIELD_NUMBER: _builtins.int
+    TASK_API_ADDRESS_FIELD_NUMBER: _builtins.int
+    TASK_API_VERSION_FIELD_NUMBER: _builtins.int
     no_pivot_root: _builtins.bool
     no_new_keyring: _builtins.bool
     shim_cgroup: _builtins.str
@@ -40,6 +42,9 @@ class Options(_message.Message):
     binary_name: _builtins.str
     root: _builtins.str
     systemd_cgroup: _builtins.bool
+    task_api_address: _builtins.str
+    """Since 2.0, for a container in a sandbox; 2.3 has them in CreateTaskRequest."""
+    task_api_version: _builtins.int
     def __init__(
         self,
         *,
@@ -51,10 +56,12 @@ class Options(_message.Message):
         binary_name: _builtins.str = ...,
         root: _builtins.str = ...,
         systemd_cgroup: _builtins.bool = ...,
+        task_api_address: _builtins.str = ...,
+        task_api_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["binary_name", b"binary_name", "io_gid", b"io_gid", "io_uid", b"io_uid", "no_new_keyring", b"no_new_keyring", "no_pivot_root", b"no_pivot_root", "root", b"root", "shim_cgroup", b"shim_cgroup", "systemd_cgroup", b"systemd_cgroup"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["binary_name", b"binary_name", "io_gid", b"io_gid", "io_uid", b"io_uid", "no_new_keyring", b"no_new_keyring", "no_pivot_root", b"no_pivot_root", "root", b"root", "shim_cgroup", b"shim_cgroup", "systemd_cgroup", b"systemd_cgroup", "task_api_address", b"task_api_address", "task_api_version", b"task_api_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -35,11 +35,16 @@ class CreateTaskRequest(_message.Message):
     STDERR_FIELD_NUMBER: _builtins.int
     TERMINAL_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    TASK_API_ADDRESS_FIELD_NUMBER: _builtins.int
+    TASK_API_VERSION_FIELD_NUMBER: _builtins.int
     container_id: _builtins.str
     stdin: _builtins.str
     stdout: _builtins.str
     stderr: _builtins.str
     terminal: _builtins.bool
+    task_api_address: _builtins.str
+    """Since 2.3: of the sandbox that the container is in."""
+    task_api_version: _builtins.int
     @_builtins.property
     def rootfs(self) -> _containers.RepeatedCompositeFieldContainer[_types_pb2.Mount]: ...
     @_builtins.property
@@ -54,10 +59,12 @@ class CreateTaskRequest(_message.Message):
         stderr: _builtins.str = ...,
         terminal: _builtins.bool = ...,
         options: _any_pb2.Any | None = ...,
+        task_api_address: _builtins.str = ...,
+        task_api_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_id", b"container_id", "options", b"options", "rootfs", b"rootfs", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout", "terminal", b"terminal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_id", b"container_id", "options", b"options", "rootfs", b"rootfs", "stderr", b"stderr", "stdin", b"stdin", "stdout", b"stdout", "task_api_address", b"task_api_address", "task_api_version", b"task_api_version", "terminal", b"terminal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,6 +11,7 @@ import grpc
 
 from sandkeeper.shim.engines.base import EngineError
 from sandkeeper.shim.engines.oci.tools import clean
+from sandkeeper.wire import controller_pb2_grpc, store_pb2_grpc
 from sandkeeper.wire.containerd import (
     containers_pb2_grpc,
     content_pb2_grpc,
@@ -75,6 +76,8 @@ class Client:
         self.snapshots = snapshots_pb2_grpc.SnapshotsStub(self._channel)
         self.containers = containers_pb2_grpc.ContainersStub(self._channel)
         self.tasks = tasks_pb2_grpc.TasksStub(self._channel)
+        self.store = store_pb2_grpc.StoreStub(self._channel)
+        self.controller = controller_pb2_grpc.ControllerStub(self._channel)
 
     def close(self) -> None:
         self._channel.close()

@@ -108,12 +108,17 @@ class TaskContainers(containers.Containers):
                 raise
             raise EngineError("NodeError", f"root file system: {error.words}", retryable=True) from None
 
+    def _place(self, sandbox: SandboxFolder, runtime: str) -> tuple[str, tasks.Inside | None]:
+        """What a container runs with, and whose sandbox of containerd's it is in: none. Raises EngineError."""
+        return runtime, None
+
     def _create(self, sandbox: SandboxFolder, folder: AttemptFolder, runtime: str) -> int:
         name = tasks.name_of(folder.runtime_id)
         document = json.loads(folder.config.read_text())
         # One shim process of containerd's for all containers of a sandbox.
         document["annotations"][tasks.GROUP] = sandbox.sandbox_id
         try:
+            runtime, inside = self._place(sandbox, runtime)
             mounts = self._client.call(
                 self._client.snapshots.Mounts,
                 snapshots_pb2.MountsRequest(snapshotter=self._snapshotter, key=name),
@@ -127,18 +132,19 @@ class TaskContainers(containers.Containers):
                 {tasks.SANDBOX: sandbox.sandbox_id},
                 snapshotter=self._snapshotter,
                 snapshot=name,
+                inside=inside,
             )
             outputs = _open_outputs(folder)
             try:
                 files = tasks.Files(*("", *(str(folder.run / each) for each in _FIFOS)))
                 pid = tasks.create(
                     self._client, name, runtime, self.runtime_root(), mounts, files,
-                    self._options.runtime_timeout,
+                    self._options.runtime_timeout, inside=inside,
                 )  # fmt: skip
                 folder.pid_file.write_text(str(pid))
                 shim = tasks.shim_of(pid)
-                if shim is not None:
-                    address = shim[1]
+                address = inside.shim if inside else shim[1] if shim else None
+                if address is not None:
                     _task_file(folder).write_text(f"{address.path}\n{address.version}\n{name}\n")
                 self._watch(folder, outputs)
             finally:
@@ -233,6 +239,14 @@ class TaskContainers(containers.Containers):
         unpack.remove(self._client, self._snapshotter, name)
 
     # -- the end
+
+    def signal(self, folder: SandboxFolder, process: ProcessRef, number: int) -> None:
+        """To the sandbox process. Raises CallError."""
+        process.send(number)
+
+    def asks_for_exit(self, folder: SandboxFolder) -> bool:
+        """Whether it is others who know how the sandbox process ended."""
+        return False
 
     def _remove_rest(self, folder: SandboxFolder) -> None:
         names = {tasks.name_of(each.runtime_id) for each in folder.attempts()}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from google.protobuf import empty_pb2
@@ -18,7 +18,7 @@ _VERSION = re.compile(r"v?(\d+)\.(\d+)(?:\.(\d+))?")
 # The first of each series whose sandbox Controller answers as it should (containerd PR #13260): before, Create,
 # Start and Wait did their work and then failed.
 _CONTROLLER_MENDED = {(2, 0): 9, (2, 1): 8, (2, 2): 4}
-_SNAPSHOTTER, _RUNTIME, _SANDBOXER = (
+_SNAPSHOTTER, _RUNTIME, SANDBOXER = (
     "io.containerd.snapshotter.v1",
     "io.containerd.runtime.v2",
     "io.containerd.sandbox.controller.v1",
@@ -29,12 +29,12 @@ _SNAPSHOTTER, _RUNTIME, _SANDBOXER = (
 class Server:
     """snapshotter_root: where the snapshots are, as containerd names it; empty where it does not.
 
-    sandboxers: those that it serves and that answer rightly.
+    sandboxers: those that it serves and that answer rightly, with their addresses where they have one of their own.
     """
 
     version: str
     snapshotter_root: str = ""
-    sandboxers: frozenset[str] = frozenset()
+    sandboxers: Mapping[str, str] = field(default_factory=dict)
 
 
 def parse_version(text: str) -> tuple[int, int, int] | None:
@@ -66,10 +66,22 @@ def understand(version: str, plugins: Iterable[introspection_pb2.Plugin], snapsh
             "NodeUnsupported", f"containerd {version}: snapshotter {snapshotter!r} cannot be used: {why}"
         )
     sandboxers = {
-        name for (kind, name), each in known.items() if kind == _SANDBOXER and not each.HasField("init_err")
+        name: each.exports.get("address", "")
+        for (kind, name), each in known.items()
+        if kind == SANDBOXER and not each.HasField("init_err")
     }
     usable = numbers is not None and controller_answers(numbers)
-    return Server(version, chosen.exports.get("root", ""), frozenset(sandboxers if usable else ()))
+    return Server(version, chosen.exports.get("root", ""), sandboxers if usable else {})
+
+
+def why_no_sandboxer(found: Server, name: str) -> str:
+    """For people; empty where there is one of that name."""
+    if name in found.sandboxers:
+        return ""
+    numbers = parse_version(found.version)
+    if numbers is None or not controller_answers(numbers):
+        return f"containerd {found.version}: its sandbox API is wanted of 2.0.9, 2.1.8, 2.2.4 or 2.3 at least"
+    return f"containerd has no sandboxer {name!r} (proxy_plugins)"
 
 
 def look(client: Client, snapshotter: str) -> Server:

@@ -24,7 +24,7 @@ from sandkeeper.wire.containerd import containers_pb2, process_pb2, runc_pb2, ta
 from sandkeeper.wire.ids import valid_id
 
 SANDBOX, GROUP = "sandkeeper.dev/sandbox", "io.containerd.runc.v2.group"
-_SPEC = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
+SPEC = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
 _PROCESS = "types.containerd.io/opencontainers/runtime-spec/1/Process"
 _RUNC = "io.containerd.runc.v2"
 _RUNTIME_TYPE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*\.v\d+")
@@ -57,6 +57,21 @@ class Files:
     stderr: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """A sandbox of a sandboxer's that a container is in: its id there, and its Task service."""
+
+    sandbox: str
+    address: str
+    version: int
+
+    @property
+    def shim(self) -> Address | None:
+        """That service, where it can be asked without containerd."""
+        kind, _, path = self.address.partition("://")
+        return Address(path, self.version) if kind == "ttrpc+unix" else None
+
+
 def name_of(runtime_id: str) -> str:
     """The name that containerd has for one of ours, which may be longer than it takes."""
     if valid_id(runtime_id):
@@ -69,6 +84,11 @@ def is_type(runtime: str) -> bool:
     return _RUNTIME_TYPE.fullmatch(runtime) is not None
 
 
+def type_of(runtime: str) -> str:
+    """containerd's name of a runtime."""
+    return runtime if is_type(runtime) else _RUNC
+
+
 def create_container(
     client: Client,
     name: str,
@@ -79,17 +99,19 @@ def create_container(
     *,
     snapshotter: str = "",
     snapshot: str = "",
+    inside: Inside | None = None,
 ) -> None:
     """Anew where there is one already. Raises CallError."""
     container = containers_pb2.Container(
         id=name,
         labels=labels,
         runtime=containers_pb2.Container.Runtime(
-            name=runtime if is_type(runtime) else _RUNC, options=_options(runtime, runtime_root)
+            name=type_of(runtime), options=_options(runtime, runtime_root)
         ),
-        spec=any_pb2.Any(type_url=_SPEC, value=json.dumps(spec).encode()),
+        spec=any_pb2.Any(type_url=SPEC, value=json.dumps(spec).encode()),
         snapshotter=snapshotter,
         snapshot_key=snapshot,
+        sandbox=inside.sandbox if inside else "",
     )
     request = containers_pb2.CreateContainerRequest(container=container)
     if client.made(client.containers.Create, request) is None:
@@ -97,10 +119,12 @@ def create_container(
         client.call(client.containers.Create, request)
 
 
-def _options(runtime: str, runtime_root: Path) -> any_pb2.Any | None:
+def _options(runtime: str, runtime_root: Path, inside: Inside | None = None) -> any_pb2.Any | None:
     if is_type(runtime):
         return None
     options = runc_pb2.Options(binary_name=runtime, root=str(runtime_root))
+    if inside:
+        options.task_api_address, options.task_api_version = inside.address, inside.version
     return any_pb2.Any(type_url="containerd.runc.v1.Options", value=options.SerializeToString())
 
 
@@ -117,6 +141,8 @@ def create(
     mounts: Sequence[types_pb2.Mount],
     files: Files,
     seconds: float,
+    *,
+    inside: Inside | None = None,
 ) -> int:
     """The pid of its first process, which waits for `start`. Raises CallError."""
     request = tasks_pb2.CreateTaskRequest(
@@ -125,7 +151,9 @@ def create(
         stdin=files.stdin,
         stdout=files.stdout,
         stderr=files.stderr,
-        options=_options(runtime, runtime_root),
+        options=_options(runtime, runtime_root, inside),
+        task_api_address=inside.address if inside else "",
+        task_api_version=inside.version if inside else 0,
     )
     return client.call(client.tasks.Create, request, seconds=seconds).pid
 

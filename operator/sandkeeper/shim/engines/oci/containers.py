@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sandkeeper.shim.engines.base import EngineError
+from sandkeeper.shim.engines.base import EngineError, ProcessExit
 from sandkeeper.shim.engines.oci import exits, filesystems, monitor, notes, pause, rootfs, spec, tools
 from sandkeeper.shim.engines.oci.cgroups import Cgroups
 from sandkeeper.shim.engines.oci.folders import AttemptFolder, SandboxFolder
@@ -184,6 +184,13 @@ class Containers:
                 write_json(folder.process, found.to_json())
             return found
         return None if document is None else _GONE
+
+    def sandbox_exit(self, folder: SandboxFolder, process: ProcessRef) -> ProcessExit:
+        """How the sandbox process ended, which it has; its time is kept as it is first seen. Raises OSError."""
+        ended = exits.of_sandbox(folder, process)
+        if folder.run.exists() and not folder.exit.exists():
+            write_json(folder.exit, {"at": ended.exited_at.timestamp()})
+        return ended
 
     # -- containers
 

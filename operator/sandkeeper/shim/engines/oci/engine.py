@@ -41,7 +41,7 @@ from sandkeeper.shim.engines.oci.folders import AttemptFolder, SandboxFolder
 from sandkeeper.shim.engines.oci.images import Image, ImageStore
 from sandkeeper.shim.engines.oci.images.types import Progress as ImageProgress
 from sandkeeper.shim.engines.oci.options import Options
-from sandkeeper.shim.engines.oci.processes import read_json, write_json
+from sandkeeper.shim.engines.oci.processes import ProcessRef, read_json, write_json
 from sandkeeper.shim.engines.oci.threads import Locks, Threads
 from sandkeeper.wire import node_pb2
 
@@ -269,13 +269,10 @@ class OCIEngine(Engine):
             raise EngineError("NotStarted", "the sandbox process was not started")
         await process.ended()
 
-        def keep() -> ProcessExit:
-            ended = exits.of_sandbox(folder, process)
-            if folder.run.exists() and not folder.exit.exists():
-                write_json(folder.exit, {"at": ended.exited_at.timestamp()})
-            return ended
+        return await self._kept_exit(folder, process)
 
-        return await self._locked(sandbox_id, keep)
+    async def _kept_exit(self, folder: SandboxFolder, process: ProcessRef) -> ProcessExit:
+        return await self._locked(folder.sandbox_id, lambda: self._containers.sandbox_exit(folder, process))
 
     async def kill(self, sandbox_id: str, container: str, attempt: int, signal: int) -> None:
         folder = self._containers.folder(sandbox_id)
@@ -283,7 +280,7 @@ class OCIEngine(Engine):
             process = self._containers.process(folder)
             if process is not None and process.alive():
                 notes.note_kill(folder, signal)
-                process.send(signal)
+                await self._signal(folder, process, signal)
             if signal == SIGKILL:
                 # It ends the sandbox. What is in pid namespaces of its own does not end with it by itself.
                 await self._locked(sandbox_id, lambda: self._cgroups.kill(sandbox_id))
@@ -294,6 +291,10 @@ class OCIEngine(Engine):
             if self._cgroups.is_frozen(sandbox_id):
                 # A frozen process takes no signal, not even SIGKILL on cgroup v1.
                 await self.resume(sandbox_id)
+
+    async def _signal(self, folder: SandboxFolder, process: ProcessRef, number: int) -> None:
+        """To a sandbox process."""
+        process.send(number)
 
     @staticmethod
     def _stop_signal(folder: SandboxFolder, container: str, number: int) -> int:

@@ -12,6 +12,7 @@ from sandkeeper.shim.engines.oci.folders import AttemptFolder, SandboxFolder
 from sandkeeper.shim.engines.oci.processes import ProcessRef, boot_id, read_json
 
 _LOST_STATUS = 255
+KILLED = int(signal.SIGKILL)
 RESTARTED = "the machine was restarted"
 
 
@@ -55,9 +56,9 @@ def _recorded(file: Path) -> tuple[int, datetime] | None:
         return None
 
 
-def lost(message: str, at: datetime | None = None) -> ProcessExit:
+def lost(message: str, at: datetime | None = None, status: int = _LOST_STATUS) -> ProcessExit:
     """A process of which nothing is left to tell how it ended."""
-    return ProcessExit(_LOST_STATUS, 0, at or datetime.now(UTC), "SandboxLost", message)
+    return ProcessExit(status & 0xFF, 0, at or datetime.now(UTC), "SandboxLost", message)
 
 
 def of_sandbox(folder: SandboxFolder, process: ProcessRef) -> ProcessExit:
