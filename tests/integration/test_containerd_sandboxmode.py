@@ -126,7 +126,7 @@ async def test_containers_run_in_the_sandboxers_sandbox(node: Node, make: Make) 
     for kind in ("net", "ipc", "uts"):
         assert namespace(pids["main"], kind) == namespace(pids[SANDBOX_PROCESS], kind)
     assert (await ended(box, "short")).status == 3
-    await box.said("green")
+    await until(box.output, lambda output: "green" in output, SECONDS)
     assert box.id in node.below.containerd.ctr("sandboxes", "list", namespace=NAMESPACE)
     assert len(node.below.containerd.shims()) == 1
     used = await box.engine.usage(box.id)
@@ -142,7 +142,7 @@ async def test_both_kinds_live_side_by_side(make: Make) -> None:
 async def test_signals_and_many_waits(make: Make) -> None:
     box = make(container("trap 'exit 7' TERM; echo ready; while :; do sleep 0.02; done"))
     await box.start()
-    await box.said("ready")
+    await until(box.output, lambda output: "ready" in output, SECONDS)
     waiting = [asyncio.create_task(ended(box)) for _ in range(8)]
     await box.engine.kill(box.id, "main", 0, signal.SIGTERM)
     assert {each.status for each in await asyncio.gather(*waiting)} == {7}
