@@ -527,3 +527,11 @@ def test_a_terminal_takes_any_size(width: int, height: int, found: tuple[int, in
     finally:
         os.close(master)
         os.close(slave)
+
+
+@pytest.mark.parametrize("pid", [0, -1])
+def test_no_pid_reaps_no_child(pid: int) -> None:
+    child = os.posix_spawn("/bin/true", ["true"], {})
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert processes.reap(pid) is None
+    assert processes.reap(child) == 0

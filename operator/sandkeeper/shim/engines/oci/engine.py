@@ -74,6 +74,7 @@ class OCIEngine(Engine):
         self._order: tuple[RuntimeInfo, ...] = ()
         self._locks = Locks()
         self._watching: dict[str, asyncio.Task[ProcessExit]] = {}
+        self._opened = contextlib.ExitStack()
 
     # -- the node
 
@@ -87,6 +88,7 @@ class OCIEngine(Engine):
             root.mkdir(parents=True, exist_ok=True, mode=0o700)
         await self._images.open()
         self._cgroups = self._make_cgroups()
+        self._opened.callback(self._cgroups.close)
         self._cgroups.make_parent()
         await asyncio.to_thread(earlier.end_calls, self._cgroups)
         profile = seccomp.Seccomp(seccomp.load(self._options.seccomp_profile))
@@ -94,6 +96,7 @@ class OCIEngine(Engine):
             self._threads = self._make_threads()
         except OSError as error:
             raise EngineError("NodeUnsupported", f"mount namespace: {error}") from None
+        self._opened.callback(self._threads.close)
         self._runtimes = await self._threads.run(lambda: self._probe(profile))
         self._order = runtimes.ordered(self._runtimes, self._options.default_runtime)
         if not any(info.ready for info in self._order):
@@ -130,8 +133,7 @@ class OCIEngine(Engine):
             task.cancel()
         await asyncio.gather(*self._watching.values(), return_exceptions=True)
         await self._images.close()
-        await asyncio.to_thread(self._threads.close)
-        self._cgroups.close()
+        await asyncio.to_thread(self._opened.close)
 
     def runtimes(self) -> tuple[RuntimeInfo, ...]:
         return self._order

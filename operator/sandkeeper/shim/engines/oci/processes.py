@@ -120,6 +120,8 @@ async def readable(fd: int) -> None:
 
 def reap(pid: int) -> int | None:
     """Collects an ended child; its wait status, None where it is not a child of ours or has not ended."""
+    if pid <= 0:
+        return None  # waitpid(2) takes it for any child, or any of a group
     try:
         found, status = os.waitpid(pid, os.WNOHANG)
     except ChildProcessError:
