@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sandkeeper.localcluster.apiserver import free_ports
 from sandkeeper.localcluster.ocilayout import ImageDef, busybox_image, write_layout
 
 __all__ = [
@@ -143,8 +144,7 @@ def write_authfile(path: Path, host: str, password: str) -> None:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+    return free_ports(1)[0]
 
 
 def _await_answer(url: str, process: subprocess.Popen[bytes], seconds: float = 20) -> None:

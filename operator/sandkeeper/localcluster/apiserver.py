@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import ssl
 import subprocess
@@ -26,6 +27,7 @@ SERVICE_IP = "10.0.0.1"  # of the service `kubernetes`: the first of the range
 LOOPBACK = "127.0.0.1"
 READY_TIMEOUT = 120.0
 _POLL = 0.05
+_FIRST_PORT = 10_240
 
 Say = Callable[[str], None]
 
@@ -267,12 +269,30 @@ def _established(kubectl: Kubectl, names: list[str]) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
+    """Ports of loopback that nobody listens on now.
+
+    None that the kernel gives to outgoing connections: one of these may have it before the listener does.
+    """
+    sockets: list[socket.socket] = []
     try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
+        while len(sockets) < count:
+            one = socket.socket()
+            sockets.append(one)
+            try:
+                one.bind(("127.0.0.1", _candidate()))
+            except OSError:
+                sockets.pop().close()
         return [one.getsockname()[1] for one in sockets]
     finally:
         for one in sockets:
             one.close()
+
+
+def _candidate() -> int:
+    """Source: Documentation/networking/ip-sysctl, `ip_local_port_range`. 0, the kernel's choice, where that leaves
+    no room."""
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        first = 32768
+    return random.randrange(_FIRST_PORT, first) if first - _FIRST_PORT > 1000 else 0  # noqa: S311 - no secret
