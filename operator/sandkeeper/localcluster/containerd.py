@@ -24,6 +24,7 @@ from sandkeeper.localcluster import containerd_sources
 from sandkeeper.localcluster.containerd_sources import Source
 from sandkeeper.localcluster.processes import Processes, start_time
 from sandkeeper.shim.engines.oci import kernel
+from sandkeeper.shim.engines.oci.processes import descendants, pids
 
 READY_TIMEOUT = 60.0
 _POLL = 0.02
@@ -169,7 +170,7 @@ class Containerd:
     def _end_shims(self) -> None:
         """SIGKILL to every shim of ours and all below it: one that is asked nicely asks containerd first."""
         deadline = time.monotonic() + 10.0
-        below = {pid for shim in self.shims() for pid in _descendants(shim)}
+        below = {pid for shim in self.shims() for pid in descendants(shim)}
         while left := [pid for pid in {*self.shims(), *below} if start_time(pid) is not None]:
             if time.monotonic() > deadline:
                 raise ContainerdFailed(f"processes {left} do not end")
@@ -183,7 +184,7 @@ class Containerd:
     def shims(self) -> list[int]:
         """The pids of its shims: they have its socket's path in their arguments."""
         found, wanted = [], os.fsencode(self.socket)
-        for pid in _pids():
+        for pid in pids():
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 if wanted in words and b"containerd-shim" in words[0]:
@@ -248,18 +249,6 @@ class Containerd:
         for name, socket in self._sandboxers.items():
             lines.append(f"[proxy_plugins.'{name}']\ntype = 'sandbox'\naddress = '{socket}'")
         return "\n".join([*lines, self._config, ""])
-
-
-def _pids() -> list[int]:
-    return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - names, no paths
-
-
-def _descendants(pid: int) -> Iterator[int]:
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, path.read_text().split()):
-                yield child
-                yield from _descendants(child)
 
 
 def _socket_inodes(pid: int) -> Iterator[str]:

@@ -21,12 +21,11 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from sandkeeper.shim.engines.base import EngineError
 from sandkeeper.shim.engines.oci.pause import marks
-from sandkeeper.shim.engines.oci.processes import ProcessRef, read_json, write_json
+from sandkeeper.shim.engines.oci.processes import ProcessRef, descendants, pids, read_json, write_json
 from sandkeeper.shim.settings import SandboxerSettings
 from sandkeeper.wire import node_pb2
 from sandkeeper.wire.ids import valid_id
@@ -127,7 +126,7 @@ class TaskServices:
         asked = read_json(self._folder / local_id / "asked.json") or {}
         wanted = [asked.get("namespace", ""), asked.get("id", ""), str(self._settings.containerd_socket)]
         arguments = [b"-namespace", b"-id", b"-address"]
-        for pid in _pids():
+        for pid in pids():
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 given = dict(itertools.pairwise(words))
@@ -157,22 +156,10 @@ class TaskServices:
 def _kill_below(process: ProcessRef) -> None:
     """Ends what it runs. It reaps them, and tells containerd, which forgets them by itself."""
     deadline = time.monotonic() + _KILL_SECONDS
-    while left := [ref for pid in _descendants(process.pid) if (ref := ProcessRef.of(pid)) is not None]:
+    while left := [ref for pid in descendants(process.pid) if (ref := ProcessRef.of(pid)) is not None]:
         if time.monotonic() > deadline:
             raise EngineError("RemoveFailed", "what the task service runs does not end", retryable=True)
         for each in left:
             each.send(signal.SIGKILL)
         for each in left:
             each.join(max(0.0, deadline - time.monotonic()))
-
-
-def _descendants(pid: int) -> Iterator[int]:
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, path.read_text().split()):
-                yield child
-                yield from _descendants(child)
-
-
-def _pids() -> Iterator[int]:
-    return (int(name) for name in os.listdir("/proc") if name.isdigit())  # noqa: PTH208 - names, no paths

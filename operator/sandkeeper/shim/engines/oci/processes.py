@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import os
@@ -10,6 +11,7 @@ import select
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -127,6 +129,20 @@ def reap(pid: int) -> int | None:
     except ChildProcessError:
         return None
     return status if found else None
+
+
+def pids() -> list[int]:
+    """Of all processes that this one sees."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]  # noqa: PTH208 - names, no paths
+
+
+def descendants(pid: int) -> Iterator[int]:
+    """The pids of a process's children, and theirs, as far as they are still there."""
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, path.read_text().split()):
+                yield child
+                yield from descendants(child)
 
 
 def read_json(path: Path) -> Any:
