@@ -42,7 +42,6 @@ test: test-setup check ## All tests: unit, then against a real API server with c
 	@$(py) -m pytest tests --ignore=tests/unit --ignore=tests/e2e --ignore=tests/gitops $(again) $(PYTEST_ARGS)
 
 image: $(VENV)/.ready ## The image of operator and shim, into build/sandkeeper.tar (with Docker, or as root with buildah)
-	@command -v docker >/dev/null || command -v podman >/dev/null || $(py) -m sandkeeper.localcluster.preflight --install --no-tests --image
 	@$(py) hack/image.py
 
 # No part of `make test`: it builds kubelet and its like first, a quarter of an hour on 2 cores with an empty cache.

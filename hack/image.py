@@ -8,6 +8,7 @@ cache, so that a second build takes the layers of the first. Run as root, for ch
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 from sandkeeper import __version__
+from sandkeeper.localcluster import preflight
 from sandkeeper.localcluster.binaries import cache_root
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,10 +44,28 @@ def with_docker(tool: str, archive: Path) -> None:
     run(tool, "save", "--output", str(archive), NAME)
 
 
+def builder() -> str:
+    """docker or podman where it answers, else buildah: a docker client without a daemon is nothing rare."""
+    for name in ("docker", "podman"):
+        if (
+            shutil.which(name)
+            and not subprocess.run([name, "info"], capture_output=True, check=False).returncode
+        ):
+            return name
+    return "buildah"
+
+
 def with_buildah(archive: Path) -> None:
     if not os.environ.get(_WITHIN):  # what it and debootstrap mount is nobody else's
+        preflight.install(preflight.IMAGE)
+        if lacking := preflight.missing(preflight.IMAGE):
+            sys.exit(
+                f"image: no docker answers; for buildah, as root: {' '.join(preflight.command(lacking))}"
+            )
         argv = ["unshare", "--mount", "--propagation", "private", "--", sys.executable, *sys.argv]
-        sys.exit(subprocess.run(argv, env=os.environ | {_WITHIN: "1"}, check=False).returncode)
+        with (CACHE / "lock").open("w") as held:  # one at a time: each removes what the one before has left
+            fcntl.flock(held, fcntl.LOCK_EX)
+            sys.exit(subprocess.run(argv, env=os.environ | {_WITHIN: "1"}, check=False).returncode)
     if left := buildah("containers", "--quiet").split():  # of a build that was ended
         buildah("rm", *left)
     if not buildah("images", "--quiet", "--filter", f"reference={BASE}"):
@@ -95,19 +115,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "sandkeeper.tar", help="the archive")
     parser.add_argument(
-        "--with", dest="tool", choices=("docker", "podman", "buildah"), help="default: what is there"
+        "--with", dest="tool", choices=("docker", "podman", "buildah"), help="default: what answers"
     )
     given = parser.parse_args()
     output = given.output.resolve()
     output.parent.mkdir(parents=True, exist_ok=True)
     CACHE.mkdir(parents=True, exist_ok=True)
-    tool = given.tool or next((name for name in ("docker", "podman", "buildah") if shutil.which(name)), "")
+    tool = given.tool or ("buildah" if os.environ.get(_WITHIN) else builder())
     if tool == "buildah":
         with_buildah(output)
-    elif tool:
-        with_docker(tool, output)
     else:
-        sys.exit("image: neither docker, podman nor buildah: apt-get install buildah debootstrap")
+        with_docker(tool, output)
     sys.stdout.write(f"{NAME} {output}\n")
 
 
