@@ -2,7 +2,8 @@
 
 $KUBEBUILDER_ASSETS, PATH, our cache, a download of the upstream envtest archive, a build from the pinned Go modules.
 `python -m sandkeeper.localcluster.binaries` says where each was found, and makes what is missing; with `--tests`
-also the two containerds that only the tests need (`containerd_sources`).
+also what only the tests need: two containerds (`containerd_sources`) and kind's reader of configurations
+(`kind_sources`).
 """
 
 from __future__ import annotations
@@ -60,10 +61,11 @@ def cache_root() -> Path:
 
 
 def cache_dir(module: Path = gobuild.MODULE) -> Path:
-    """The folder of binaries that the pins in go.mod and go.sum ask for: another pin, another folder."""
+    """The folder of binaries that the pins in go.mod and go.sum, and programs of ours, ask for: another pin, another
+    folder."""
     digest = hashlib.sha256()
-    for name in ("go.mod", "go.sum"):
-        digest.update((module / name).read_bytes())
+    for path in (module / "go.mod", module / "go.sum", *sorted(module.glob("*.go"))):
+        digest.update(path.read_bytes())
     return cache_root() / "bin" / digest.hexdigest()[:16]
 
 
@@ -187,11 +189,12 @@ def _extract(archive: Any, names: list[str], target: Path) -> list[str]:
 
 
 @click.command()
-@click.option("--tests", is_flag=True, help="Also what only the tests need: two containerds.")
+@click.option("--tests", is_flag=True, help="Also what only the tests need: two containerds, kind's reader.")
 @click.option("--e2e", is_flag=True, help="Also the rest of a node: kubelet and its like, runc.")
 def main(tests: bool, e2e: bool) -> None:
     """Say where the binaries are, and make those that are missing."""
-    from sandkeeper.localcluster import containerd_sources, node_sources  # they build on this module
+    # They build on this module.
+    from sandkeeper.localcluster import containerd_sources, kind_sources, node_sources
 
     def say(line: str) -> None:
         click.echo(line, err=True)
@@ -200,6 +203,8 @@ def main(tests: bool, e2e: bool) -> None:
         found = list(ensure(say=say).values())
         if tests:
             found += [containerd_sources.ensure(each, say=say) for each in containerd_sources.SOURCES]
+            reader = kind_sources.CONFIG
+            found.append(Found(reader, kind_sources.ensure(reader, say=say), "cache"))
         if e2e:
             found += [Found(name, path, "cache") for name, path in node_sources.ensure(say=say).items()]
     except (BinariesError, OSError) as error:

