@@ -21,6 +21,9 @@ ASSIGNMENT_ANNOTATION = f"{GROUP}/assignment"
 """Node, instance, digest and runtime as JSON, written before Start, so that no lost reply can lead to a
 second copy."""
 
+SHIM_SIGNER: Final = f"{GROUP}/shim"
+"""Signer (CertificateSigningRequest) of the shims' certificates."""
+
 SCHEDULED = "Scheduled"
 RUNNING = "Running"
 FINISHED = "Finished"

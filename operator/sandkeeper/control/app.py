@@ -13,6 +13,7 @@ import kopf
 
 from sandkeeper.api import GROUP, SANDBOX_NODES, SANDBOXES, VERSION
 from sandkeeper.control.informer import Informer
+from sandkeeper.control.ports import Raw
 from sandkeeper.control.settings import OperatorSettings
 
 
@@ -30,7 +31,9 @@ class _NoDiffBase(kopf.DiffBaseStorage):
 
 
 def registry(
-    informer: Informer, login: Callable[[], Awaitable[kopf.ConnectionInfo]]
+    informer: Informer,
+    login: Callable[[], Awaitable[kopf.ConnectionInfo]],
+    certificate_request: Callable[[Raw], None] | None = None,
 ) -> kopf.OperatorRegistry:
     """All handlers. They return at once: kopf handles the events of one object one after another."""
     handlers = kopf.OperatorRegistry()
@@ -46,6 +49,12 @@ def registry(
     @kopf.on.event(GROUP, VERSION, SANDBOX_NODES, registry=handlers)
     async def node(event: kopf.RawEvent, **_: Any) -> None:
         informer.node_event(event["type"], dict(event["object"]))
+
+    if certificate_request is not None:  # where the operator signs certificates
+
+        @kopf.on.event("certificates.k8s.io", "v1", "certificatesigningrequests", registry=handlers)
+        async def request(event: kopf.RawEvent, **_: Any) -> None:
+            certificate_request(dict(event["object"]))
 
     return handlers
 

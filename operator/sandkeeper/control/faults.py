@@ -34,10 +34,22 @@ EFFECTS: Mapping[str, str] = {
 }
 """Everything that the operator changes outside itself, in the order of a Sandbox's life."""
 
+TRUST_EFFECTS: Mapping[str, str] = {
+    "make_ca": "the Secret with the CA is there",
+    "publish_ca": "the shims' ConfigMap has its certificate",
+    "approve": "a request for a certificate is approved or denied",
+    "sign": "the certificate is in the request, or why there is none",
+}
+"""The same for certificates, where the operator signs them."""
+
 _BY_RESOURCE = {
     "sandboxes/status": "write_status",
     "sandboxnodes/status": "write_node_status",
     "events": "post_event",
+    "secrets": "make_ca",
+    "configmaps": "publish_ca",
+    "certificatesigningrequests/approval": "approve",
+    "certificatesigningrequests/status": "sign",
 }
 
 

@@ -28,6 +28,7 @@ _MERGE_PATCH = "application/merge-patch+json"
 _TIMEOUT = aiohttp.ClientTimeout(total=15, sock_connect=5)
 _LONGEST_WAIT = 30.0  # that an API server may ask for
 _ROOT = f"/apis/{GROUP}/{VERSION}"
+_REQUESTS = "/apis/certificates.k8s.io/v1/certificatesigningrequests"
 _TOKEN_FILE = "/var/run/secrets/kubernetes.io/serviceaccount/token"  # noqa: S105 - a path
 
 
@@ -150,6 +151,38 @@ class Kube:
         path = f"{_ROOT}/sandboxnodes/{quote(name, safe='')}/status"
         return await self._call("PATCH", path, "sandboxnodes/status", body)
 
+    # Certificates
+
+    async def get_secret(self, namespace: str, name: str) -> Raw:
+        """A live read of a Secret."""
+        return await self._call("GET", _namespaced(namespace, "secrets", name), "secrets")
+
+    async def create_secret(self, namespace: str, body: Raw) -> Raw:
+        """Create a Secret; Conflict if there is one of its name."""
+        return await self._call("POST", _namespaced(namespace, "secrets"), "secrets", body)
+
+    async def get_config_map(self, namespace: str, name: str) -> Raw:
+        """A live read of a ConfigMap."""
+        return await self._call("GET", _namespaced(namespace, "configmaps", name), "configmaps")
+
+    async def patch_config_map(self, namespace: str, name: str, body: Raw) -> Raw:
+        """Merge patch of a ConfigMap."""
+        return await self._call("PATCH", _namespaced(namespace, "configmaps", name), "configmaps", body)
+
+    async def requests(self, signer: str) -> list[Raw]:
+        """Every CertificateSigningRequest of a signer."""
+        path = f"{_REQUESTS}?{urlencode({'fieldSelector': f'spec.signerName={signer}'})}"
+        return (await self._call("GET", path, "certificatesigningrequests")).get("items") or []
+
+    async def get_request(self, name: str) -> Raw:
+        """A live read of a CertificateSigningRequest."""
+        return await self._call("GET", f"{_REQUESTS}/{quote(name, safe='')}", "certificatesigningrequests")
+
+    async def put_request(self, name: str, part: str, body: Raw) -> Raw:
+        """Replace a CertificateSigningRequest's `approval` or `status`; `body` carries its resourceVersion."""
+        path = f"{_REQUESTS}/{quote(name, safe='')}/{part}"
+        return await self._call("PUT", path, f"certificatesigningrequests/{part}", body)
+
     # Events
 
     async def create_event(self, namespace: str, body: Raw) -> Raw:
@@ -233,6 +266,11 @@ class Kube:
             assert self._reload is not None  # noqa: S101 - for the type checker
             old, self._api = self._api, client.ApiClient(await self._reload())
             await old.close()
+
+
+def _namespaced(namespace: str, resource: str, *name: str) -> str:
+    parts = (quote(part, safe="") for part in (namespace, resource, *name))
+    return f"/api/v1/namespaces/{'/'.join(parts)}"
 
 
 def _sandbox(namespace: str, name: str) -> str:

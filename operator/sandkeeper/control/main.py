@@ -19,7 +19,7 @@ from kubernetes.aio import client
 from sandkeeper import logs
 from sandkeeper.control import app
 from sandkeeper.control.events import Recorder
-from sandkeeper.control.faults import EFFECTS, FaultyKube, FaultyShim
+from sandkeeper.control.faults import EFFECTS, TRUST_EFFECTS, FaultyKube, FaultyShim
 from sandkeeper.control.garbage import GarbageCollector
 from sandkeeper.control.health import Check, HealthServer
 from sandkeeper.control.informer import ECHO_LATE, Informer
@@ -34,6 +34,7 @@ from sandkeeper.control.queue import Queue
 from sandkeeper.control.reconciler import Reconciler
 from sandkeeper.control.settings import OperatorSettings
 from sandkeeper.control.store import Store
+from sandkeeper.control.trust import Trust
 from sandkeeper.failpoints import Effects
 from sandkeeper.wire.client import ShimClient
 from sandkeeper.wire.tls import ClientTLS, TLSFiles
@@ -64,6 +65,7 @@ class Operator:
             if self._effects
             else Kube(configuration, **options)
         )
+        self.trust = Trust(settings, self.kube) if settings.ca_secret else None
         self.nodes = Nodes(
             connect=self._connect,
             read=self.kube.get_node,
@@ -118,6 +120,11 @@ class Operator:
                 self.http_address = await self._health.start(settings.http_host, settings.http_port)
                 log.info("Serving metrics and health", extra={"address": "{}:{}".format(*self.http_address)})
             self._spawn("events", self.recorder.run())
+            if self.trust is not None:
+                if not await self._until(self.trust.prepare()):
+                    return
+                self._spawn("certificates", self.trust.run())
+                self._spawn("certificate requests", self.trust.queue.run())
             if not await self._until(self._fill()):
                 return
             self._spawn("queue", self.queue.run())
@@ -162,10 +169,12 @@ class Operator:
         log.warning(
             "faults are injected or effects traced: for tests", extra={"failpoints": settings.failpoints}
         )
-        return Effects(EFFECTS, settings.failpoints, settings.effects_file)
+        return Effects({**EFFECTS, **TRUST_EFFECTS}, settings.failpoints, settings.effects_file)
 
     def _tls(self, address: str) -> ClientTLS | None:
         files = self.settings
+        if self.trust is not None and not address.startswith("unix:"):
+            return ClientTLS(self.trust.authority.tls)
         if address.startswith("unix:") or not (files.tls_ca and files.tls_cert and files.tls_key):
             return None
         return ClientTLS(TLSFiles(ca=files.tls_ca, cert=files.tls_cert, key=files.tls_key))
@@ -207,7 +216,9 @@ class Operator:
         identity: Any = socket.gethostname()
         # Not kopf.operator: at its end it cancels every task in the loop that is younger than itself, ours too.
         tasks = await kopf.spawn_tasks(
-            registry=app.registry(self.informer, self._log_in),
+            registry=app.registry(
+                self.informer, self._log_in, self.trust.event if self.trust is not None else None
+            ),
             settings=app.kopf_settings(self.settings),
             clusterwide=not namespaces,
             namespaces=namespaces,
@@ -300,6 +311,8 @@ class Operator:
             )
         await self.reconciler.close()
         await self.node_queue.stop(1.0)
+        if self.trust is not None:
+            await self.trust.queue.stop(1.0)
         await self.recorder.drain(1.0)
         for task in self._tasks:
             task.cancel()

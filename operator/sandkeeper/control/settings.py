@@ -16,6 +16,7 @@ from pydantic_settings import (
 from sandkeeper import configfile
 
 ENV_PREFIX = "SANDKEEPER_OPERATOR_"
+_NAMESPACED = r"^([a-z0-9]([-a-z0-9]*[a-z0-9])?/[a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$"
 
 
 class OperatorSettings(BaseSettings):
@@ -39,6 +40,26 @@ class OperatorSettings(BaseSettings):
     tls_ca: Path | None = Field(None, description="CA that signed the shims' certificates (PEM).")
     tls_cert: Path | None = Field(None, description="The operator's client certificate (PEM).")
     tls_key: Path | None = Field(None, description="The key of tls_cert (PEM).")
+
+    ca_secret: Annotated[str, Field(pattern=_NAMESPACED)] = Field(
+        "",
+        description="NAMESPACE/NAME of the Secret (tls.crt, tls.key) with the CA by which operator and shims know each"
+        " other; made where there is none. Empty: certificates come from files.",
+    )
+    ca_config_map: Annotated[str, Field(pattern=_NAMESPACED)] = Field(
+        "sandkeeper-node/sandkeeper-ca",
+        description="NAMESPACE/NAME of the ConfigMap in which shims find the CA's certificate.",
+    )
+    shim_account: Annotated[str, Field(pattern=_NAMESPACED)] = Field(
+        "sandkeeper-node/sandkeeper-shim",
+        description="NAMESPACE/NAME of the shims' ServiceAccount: only it gets shims' certificates.",
+    )
+    certificate_life: float = Field(
+        7 * 86400.0,
+        ge=10,
+        le=366 * 86400.0,
+        description="How long a certificate that is signed is good at most.",
+    )
 
     concurrency: int = Field(16, ge=1, le=1024, description="Passes at a time that count as quick ones.")
     resync_interval: float = Field(
@@ -105,6 +126,10 @@ class OperatorSettings(BaseSettings):
         given = [self.tls_ca, self.tls_cert, self.tls_key]
         if any(given) and not all(given):
             raise ValueError("tls_ca, tls_cert and tls_key must be set together")
+        if self.ca_secret and any(given):
+            raise ValueError("ca_secret and tls_ca, tls_cert, tls_key must not be set both")
+        if self.ca_secret and not (self.ca_config_map and self.shim_account):
+            raise ValueError("ca_secret needs ca_config_map and shim_account")
         if self.node_unreachable_after <= self.relist_interval:
             raise ValueError("node_unreachable_after must be longer than relist_interval")
         return self

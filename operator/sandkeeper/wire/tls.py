@@ -9,12 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 
 OPERATOR_IDENTITY = "sandkeeper-operator"
 """The operator's name: a DNS name in its certificate's subjectAltName, or the common name."""
+
+
+class TLSSource(Protocol):
+    """The CA, our certificate and its key, wherever they are kept."""
+
+    def read(self) -> tuple[bytes, bytes, bytes]: ...
+    def stamp(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +42,31 @@ class TLSFiles:
         return tuple(part for stat in stats for part in (stat.st_mtime_ns, stat.st_ino))
 
 
+class TLSMemory:
+    """The same for what is on no disk. `replace` is seen as the replacement of files is."""
+
+    def __init__(self) -> None:
+        self._held: tuple[bytes, bytes, bytes] | None = None
+        self._count = 0
+
+    def replace(self, ca: bytes, cert: bytes, key: bytes) -> None:
+        if self._held != (ca, cert, key):
+            self._held, self._count = (ca, cert, key), self._count + 1
+
+    def read(self) -> tuple[bytes, bytes, bytes]:
+        """As of TLSFiles. Raises OSError where there is nothing yet."""
+        if self._held is None:
+            raise FileNotFoundError("there is no certificate yet")
+        return self._held
+
+    def stamp(self) -> tuple[int, ...]:
+        """As of TLSFiles; raises nothing."""
+        return (self._count,)
+
+
 @dataclass(frozen=True, slots=True)
 class ClientTLS:
-    files: TLSFiles
+    files: TLSSource
 
     def credentials(self) -> grpc.ChannelCredentials:
         ca, cert, key = self.files.read()
