@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tests.cluster import fresh_namespace
 from tests.e2e.install import Installation, image_archive, install
+from tests.e2e.remains import cgroups
 from tests.images import busybox_image
 from tests.leaks import Leaks
 from tests.sandboxes import Sandboxes
@@ -40,7 +41,7 @@ def fresh_node(**options: Any) -> Iterator[OneNode]:
         yield made
     assert not made.folder.exists(), f"left behind: {made.folder}"
     Leaks(made.folder, made.cgroup).assert_none(60)
-    left = [str(each) for each in Path("/sys/fs/cgroup").glob(f"**/{made.cgroup}*")]
+    left = [str(each) for each in cgroups(f"{made.cgroup}*")]
     assert not left, f"left behind: {left}"
     assert _machine() == before
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.cluster import eventually
 from tests.images import busybox_image, write_layout
 
 from sandkeeper.localcluster import pki
@@ -38,6 +39,17 @@ class Installation:
         """Waits until what is asked for of the operator (deployment) or the shims (daemonset) runs."""
         namespace, name = (SYSTEM, "operator") if kind == "deployment" else (NODES, "shim")
         self.kubectl("-n", namespace, "rollout", "status", f"{kind}/sandkeeper-{name}", "--timeout=180s")
+
+    def until_boot(self, boot_id: str) -> None:
+        """Waits until the node's shim has told the operator that it runs since that boot."""
+        wanted = {boot_id}
+        path = "jsonpath={.items[*].status.bootID}"
+        eventually(
+            lambda: set(self.kubectl("get", "sandboxnodes", "-o", path, check=False).split()) == wanted,
+            timeout=300,
+            seen=self.why,
+        )
+        self.kubectl("wait", "sandboxnodes", "--all", "--for=condition=Ready", "--timeout=120s")
 
     def pods(self) -> dict[str, str]:
         """Name -> UID of the operator's and the shims' Pods."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 from tests.cluster import eventually
+from tests.e2e import remains
 from tests.e2e.install import NODES, SYSTEM, Installation
-from tests.sandboxes import Sandboxes
+from tests.sandboxes import Object, Sandboxes
+
+from sandkeeper.localcluster.watching import manifest
 
 # The first of them builds the image, unless $SANDKEEPER_TEST_IMAGE names it, and waits for all of Kubernetes.
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
@@ -61,14 +64,34 @@ def test_a_new_kubelet_and_containerd_do_not_touch_what_runs(
     assert (after["sandboxID"], after["pid"]) == (before["sandboxID"], before["pid"])
 
 
-def test_a_namespace_goes_with_what_runs_in_it(installation: Installation) -> None:
-    installation.kubectl("create", "namespace", "leaving")
-    sandboxes = Sandboxes(installation.kubectl, "leaving")
-    status = sandboxes.until_ready(sandboxes.make("inside"))["status"]
-    life = started(installation, status["pid"])
-    assert life
-    installation.kubectl("delete", "namespace", sandboxes.namespace, "--timeout=120s")
-    assert started(installation, status["pid"]) != life
+def test_a_namespace_goes_with_all_that_is_in_it(installation: Installation) -> None:
+    """Whatever state its Sandboxes are in: no finalizer holds it up, and the node has nothing of them."""
+    kubectl = installation.kubectl
+    kubectl("create", "namespace", "leaving")
+    sandboxes = Sandboxes(kubectl, "leaving")
+    runs = [sandboxes.make(name) for name in ("runs", "runs-too")]
+    frozen = sandboxes.make("frozen", desiredState="Paused")
+    ended = sandboxes.make("ended", "sh", "-c", "exit 3")
+    sandboxes.apply(without_an_image("waits"))
+    sandboxes.make("nowhere", nodeSelector={"no": "such"})
+    for name in (*runs, frozen):
+        sandboxes.until_ready(name)
+    sandboxes.until_finished(ended)
+    sandboxes.until_reason("waits", "ErrImagePull", "ImagePullBackOff")
+    sandboxes.until_reason("nowhere", "Unschedulable")
+    ids = [sandboxes.status(name)["sandboxID"] for name in (*runs, frozen, ended)]
+    kinds = {line.split()[0] for line in remains.remains(installation.node, ids)}
+    assert kinds == {"process", "mount", "cgroup", "folder"}  # they would be found
+    kubectl("delete", "namespace", sandboxes.namespace, "--timeout=120s")
+    remains.assert_none(installation.node, ids)
+    remains.assert_no_sandbox(installation.node)
+
+
+def without_an_image(name: str) -> Object:
+    """One whose image is nowhere: nobody listens on that port."""
+    body = manifest(name)
+    body["spec"]["containers"][0]["image"] = "127.0.0.1:9/none:1"
+    return body
 
 
 def started(installation: Installation, pid: int) -> str:

@@ -152,6 +152,12 @@ class Containerd:
         self.stop()
         self.start()
 
+    def power_off(self) -> None:
+        """Ends it and all that it runs at once, as a machine without power does: what it has on disk is left."""
+        self.kill()
+        self._end_shims()
+        shutil.rmtree(self.state, ignore_errors=True)
+
     def close(self) -> None:
         """Leaves nothing of it, nor of what was run with it. Repeatable."""
         self._note_sockets()
@@ -164,7 +170,7 @@ class Containerd:
             socket.unlink(missing_ok=True)
         for name in self._cgroups:
             for point in _cgroup_points():
-                _remove_cgroup(point / name)
+                remove_cgroup(point / name)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _end_shims(self) -> None:
@@ -264,7 +270,7 @@ def _cgroup_points() -> list[Path]:
     return [Path(line.split()[4]) for line in lines if line.partition(" - ")[2].startswith("cgroup")]
 
 
-def _remove_cgroup(path: Path) -> None:
+def remove_cgroup(path: Path) -> None:
     """With all below it, as far as nothing is in them."""
     if not path.is_dir():
         return

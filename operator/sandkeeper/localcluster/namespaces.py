@@ -54,6 +54,7 @@ class Namespaces:
     def __init__(self, folder: Path, hostname: str, binds: Mapping[Path, str]) -> None:
         """folder: for a few files of its own. binds: folder -> existing folder of the machine that it hides within."""
         self._folder = folder
+        self._net = folder / "net"
         self._hostname = hostname
         self._binds = dict(binds)
         self._maker: subprocess.Popen[bytes] | None = None
@@ -94,6 +95,8 @@ class Namespaces:
             time.sleep(_POLL)
         children = Path(f"/proc/{self._maker.pid}/task/{self._maker.pid}/children")
         self._first = int(children.read_text().split()[0])
+        self._net.unlink(missing_ok=True)
+        self._net.symlink_to(f"/proc/{self._first}/ns/net")
         self._inside = ThreadPoolExecutor(1, "inside", self._enter, (tuple(_KINDS),))
         self._network = ThreadPoolExecutor(1, "network", self._enter, (("net",),))
 
@@ -104,8 +107,8 @@ class Namespaces:
 
     @property
     def enter_network(self) -> Sequence[str]:
-        """What to put before a command so that it runs in the network alone."""
-        return ("nsenter", f"--net=/proc/{self.pid}/ns/net", "--")
+        """What to put before a command so that it runs in the network alone: whichever it is by then."""
+        return ("nsenter", f"--net={self._net}", "--")
 
     @property
     def enter(self) -> Sequence[str]:

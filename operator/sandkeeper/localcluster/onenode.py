@@ -6,6 +6,7 @@ DNS: the one service that pods need, `kubernetes`, has its address on the node i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -21,15 +23,21 @@ import yaml
 
 from sandkeeper.localcluster import node_sources, pki
 from sandkeeper.localcluster.apiserver import SERVICE_IP, ApiServer, Kubectl, NotReady, Say
-from sandkeeper.localcluster.containerd import Containerd
+from sandkeeper.localcluster.containerd import Containerd, remove_cgroup
 from sandkeeper.localcluster.namespaces import Namespaces
+from sandkeeper.localcluster.nodeconfig import (
+    BOOT_ID,
+    PAUSE,
+    base_spec,
+    cni_config,
+    containerd_config,
+    pause_image,
+)
 from sandkeeper.localcluster.ocilayout import ImageDef, write_layout
 from sandkeeper.localcluster.processes import Processes
 
 NODE = "node-1"
 ADDRESS = "10.99.0.1"
-PODS = "10.88.0.0/24"
-PAUSE = "sandkeeper.test/pause:1"
 CONTROLLERS = ("kube-controller-manager", "kube-scheduler")
 READY_TIMEOUT = 180.0
 _POLL = 0.1
@@ -71,12 +79,14 @@ class OneNode:
         root = self.folder / "root"
         binds = {root / _flat(path): path for path in _HIDDEN}
         binds |= {root / _flat(path): f"/proc/sys/{path}" for path in _SYSCTLS}
+        self._boot_id, self._base_spec = self.folder / "boot-id", self.folder / "base-spec.json"
+        binds[self._boot_id] = BOOT_ID
         self.namespaces = Namespaces(self.folder / "namespaces", NODE, binds)
         self.processes = Processes(self.folder, self.namespaces.popen)
         self.containerd = Containerd(
             folder=self.folder / "c",
             cri=True,
-            config=_containerd_config(self.folder / "cni", self._programs["runc"], sandboxer),
+            config=containerd_config(self.folder / "cni", self._programs["runc"], self._base_spec, sandboxer),
             sandboxers={sandboxer: self.sandboxer_socket} if sandboxer else {},
             cgroups=(self.cgroup, self.sandboxes_cgroup),
             processes=Processes(self.folder / "c", self.namespaces.popen),
@@ -108,7 +118,7 @@ class OneNode:
         self._say("etcd, kube-apiserver and containerd are starting")
         self.api.start(say=self._say)
         self.containerd.start()
-        self.import_images({PAUSE: _pause_image()})
+        self.import_images({PAUSE: pause_image()})
         self.namespaces.in_network(lambda: _until(self._api_answers, "kube-apiserver"))
         self.start_controllers()
         self.start_kubelet()
@@ -117,6 +127,7 @@ class OneNode:
 
     def close(self) -> None:
         """Ends all; nothing of it is left. Repeatable."""
+        self._thaw()
         self.namespaces.close()
         self.containerd.close()
         for name in self.processes.names():
@@ -157,6 +168,20 @@ class OneNode:
         self.containerd.restart()
         self.start_kubelet()
         _until(self._node_ready, "the node", self._why)
+
+    def restart_machine(self) -> str:
+        """Cuts the power, and starts all again: what is on disk is there, and nothing else. Returns the new boot id."""
+        self._thaw()
+        self.namespaces.close()
+        self.containerd.power_off()
+        for name in self.processes.names():
+            self.processes.stop(name)
+        shutil.rmtree(self.folder / "root" / _flat("/run"))
+        for hierarchy in _hierarchies():
+            for name in (self.cgroup, self.sandboxes_cgroup):
+                remove_cgroup(hierarchy / name)
+        self.start()
+        return self._boot_id.read_text().strip()
 
     # Using it
 
@@ -231,15 +256,25 @@ class OneNode:
     def _ca(self) -> pki.CA:
         return pki.CA.create(self.folder / "pki" / "kubernetes", "sandkeeper local Kubernetes")
 
+    def _thaw(self) -> None:
+        """What is frozen does not end, on cgroup v1."""
+        for hierarchy in _hierarchies():
+            for name, word in (("freezer.state", "THAWED"), ("cgroup.freeze", "0")):
+                for file in (hierarchy / self.sandboxes_cgroup).glob(f"**/{name}"):
+                    with contextlib.suppress(OSError):
+                        file.write_text(word)
+
     def _make_folders(self) -> None:
         root = self.folder / "root"
         for name in (*map(_flat, _HIDDEN), "etc", "work"):
             (root / name).mkdir(parents=True, exist_ok=True)
         for path, value in _SYSCTLS.items():
             (root / _flat(path)).write_text(f"{value}\n")
+        self._boot_id.write_text(f"{uuid.uuid4()}\n")
+        self._base_spec.write_text(base_spec(self.containerd.programs / "ctr", self._boot_id))
         (self.folder / "resolv.conf").write_text("")
         (self.folder / "cni").mkdir(exist_ok=True)
-        (self.folder / "cni" / "10-pods.conflist").write_text(json.dumps(_cni_config()))
+        (self.folder / "cni" / "10-pods.conflist").write_text(json.dumps(cni_config()))
         for hierarchy in _hierarchies():  # kubelet wants it to be there
             (hierarchy / self.cgroup).mkdir(exist_ok=True)
 
@@ -254,8 +289,10 @@ class OneNode:
     def _node_ready(self) -> bool:
         for name in (*CONTROLLERS, "kubelet"):
             self.processes.check(name)
-        path = "jsonpath={.status.conditions[?(@.type=='Ready')].status}"
-        ready = self.kubectl("get", "node", NODE, "-o", path, check=False) == "True"
+        path = "jsonpath={.status.conditions[?(@.type=='Ready')].status} {.status.nodeInfo.bootID}"
+        # What it said before a restart stays for a while.
+        wanted = f"True {self._boot_id.read_text().strip()}"
+        ready = self.kubectl("get", "node", NODE, "-o", path, check=False) == wanted
         account = self.kubectl("get", "serviceaccount", "default", "-o", "name", check=False)
         return ready and bool(account)  # without the account no pod can be made
 
@@ -321,40 +358,3 @@ def _hierarchies() -> list[Path]:
 
 def _oom_score_adj() -> int:
     return int(Path("/proc/self/oom_score_adj").read_text())
-
-
-def _pause_image() -> ImageDef:
-    pause = Path(shutil.which("catatonit") or "/usr/libexec/podman/catatonit")
-    return ImageDef(files={"pause": (pause.read_bytes(), 0o755)}, entrypoint=("/pause", "-P"))
-
-
-def _cni_config() -> dict[str, Any]:
-    ipam = {"type": "host-local", "ranges": [[{"subnet": PODS}]], "routes": [{"dst": "0.0.0.0/0"}]}
-    bridge = {"type": "bridge", "bridge": "cni0", "isGateway": True, "ipam": ipam}
-    return {"cniVersion": "1.0.0", "name": "pods", "plugins": [bridge]}
-
-
-def _containerd_config(cni: Path, runc: Path, sandboxer: str) -> str:
-    plugins = next(
-        (p for p in ("/usr/lib/cni", "/opt/cni/bin") if Path(p, "bridge").exists()), "/usr/lib/cni"
-    )
-    runtime = "plugins.'io.containerd.cri.v1.runtime'"
-    ours = f"[{runtime}.containerd.runtimes.{sandboxer}]\nruntime_type = 'io.containerd.runc.v2'"
-    ours += f"\nsandboxer = '{sandboxer}'\n[{runtime}.containerd.runtimes.{sandboxer}.options]"
-    ours += f"\nBinaryName = '{runc}'\n"
-    return f"""{ours if sandboxer else ""}
-[plugins.'io.containerd.cri.v1.images'.pinned_images]
-sandbox = '{PAUSE}'
-[{runtime}]
-restrict_oom_score_adj = true
-[{runtime}.cni]
-bin_dirs = ['{plugins}']
-conf_dir = '{cni}'
-[{runtime}.containerd]
-default_runtime_name = 'runc'
-[{runtime}.containerd.runtimes.runc]
-runtime_type = 'io.containerd.runc.v2'
-[{runtime}.containerd.runtimes.runc.options]
-BinaryName = '{runc}'
-SystemdCgroup = false
-"""
