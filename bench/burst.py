@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 from bench.costs import Writes, cpu, of_sandboxes
+from bench.floor import Floor
+from bench.least import Least, alone, least
+from bench.machine import program
 from bench.result import Result, milliseconds
 from sandkeeper.localcluster.cluster import LocalCluster
 from sandkeeper.localcluster.watching import Marks, Watcher, manifest, watching
 
 ROUNDS = 5
+_CORES = os.cpu_count() or 1
 
 
 async def run(cluster: LocalCluster, at_once: int, through: int) -> Result:
     """`at_once` created at the same moment, several rounds; then `through` of them, never more than `at_once` on
     the way to Ready."""
     result = Result()
+    floors = [await _floor(cluster, at_once) for _ in range(2)]
     rates: list[float] = []
     ready: list[float] = []
     gone: list[float] = []
@@ -43,9 +51,13 @@ async def run(cluster: LocalCluster, at_once: int, through: int) -> Result:
         began = time.perf_counter()
         went_each = await asyncio.gather(*(watcher.delete_until_gone(name) for name in names))
         went = time.perf_counter() - began
+    floors += [await _floor(cluster, at_once) for _ in range(2)]
+    floor = statistics.median(each.per_s for each in floors)
     result.figure(
         **{
             f"burst{at_once}_per_s": statistics.median(rates),
+            f"burst{at_once}_least_per_s": floor,
+            f"burst{at_once}_share_of_least": statistics.median(rates) / floor,
             **milliseconds(f"burst{at_once}", ready, 0.5, 0.99),
             f"burst{at_once}_gone_s": statistics.median(gone),
             f"through{through}_per_s": through / took,
@@ -60,6 +72,22 @@ async def run(cluster: LocalCluster, at_once: int, through: int) -> Result:
     result.sample("through", [way.ready for way in ways])
     result.samples["burst_rates_per_s"] = [round(rate, 2) for rate in rates]
     return result
+
+
+async def _floor(cluster: LocalCluster, count: int) -> Least:
+    """The same writes and bare containers."""
+    with cluster.shim(0) as shim:
+        runtime = shim.info().default_runtime
+    names = [f"least-{number}" for number in range(count)]
+    with tempfile.TemporaryDirectory(prefix="sbx-floor-") as folder:
+        floor = Floor(
+            Path(folder) / "floor", runtime=program(runtime), conmon=program("conmon"), at_once=_CORES
+        )
+        async with alone(cluster) as (sandboxes, written):
+            try:
+                return await least(cluster, sandboxes, written, names, floor.start)
+            finally:
+                await asyncio.gather(*(floor.remove(name) for name in names))
 
 
 async def _round(watcher: Watcher, prefix: str, count: int) -> tuple[float, list[Marks], float]:

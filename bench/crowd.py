@@ -19,6 +19,7 @@ from sandkeeper.localcluster.watching import WatchError, connection, manifest, r
 CONNECTIONS = 32
 SLOWEST = 20.0  # per second: what is not Ready by then is lost
 _PATH = f"/apis/{API_VERSION}/namespaces/default/{SANDBOXES}"
+_MERGE = {"Content-Type": "application/merge-patch+json"}
 _ENDLESS = aiohttp.ClientTimeout(total=None)
 
 
@@ -69,7 +70,7 @@ class Crowd:
             await self._request("POST", self._url, json=manifest(name))
             self._names.add(name)
 
-        await _few_at_a_time(create, names)
+        await few_at_a_time(create, names)
         await self._until(lambda: all(name in self._ready for name in names), began + timeout)
         ended = max((self._ready[name] for name in names if name in self._ready), default=began)
         each = [self._ready[name] - sent[name] for name in names if name in self._ready]
@@ -88,7 +89,7 @@ class Crowd:
             sent[name] = time.perf_counter()
             await self._request("DELETE", f"{self._url}/{name}")
 
-        await _few_at_a_time(delete, names)
+        await few_at_a_time(delete, names)
         await self._until(lambda: all(name in self._gone for name in names), began + timeout)
         each = [self._gone[name] - sent[name] for name in names if name in self._gone]
         ended = max((self._gone[name] for name in names if name in self._gone), default=began)
@@ -155,6 +156,16 @@ class Crowd:
                 return
             await asyncio.sleep(0.01)  # `done` looks at all of them: not after every event
 
+    async def send(self, verb: str, name: str = "", **options: Any) -> dict[str, Any]:
+        """One request about a Sandbox, or to the collection; the body of the answer. Raises WatchError."""
+        url = f"{self._url}/{name}" if name else self._url
+        answer: dict[str, Any] = json.loads(await self._request(verb, url, **options))
+        return answer
+
+    async def patch(self, name: str, body: dict[str, Any], subresource: str = "") -> dict[str, Any]:
+        """A merge patch. Raises WatchError."""
+        return await self.send("PATCH", name + subresource, json=body, headers=_MERGE)
+
     async def _list(self) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(await self._request("GET", self._url))
         return answer
@@ -167,7 +178,7 @@ class Crowd:
             return text
 
 
-async def _few_at_a_time(work: Callable[[str], Awaitable[None]], names: list[str]) -> None:
+async def few_at_a_time(work: Callable[[str], Awaitable[None]], names: list[str]) -> None:
     left = iter(names)
 
     async def worker() -> None:

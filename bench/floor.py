@@ -20,10 +20,16 @@ from sandkeeper.shim.engines.oci.threads import Threads
 
 
 class Floor:
-    """Raw containers, one after the other."""
+    """Raw containers, so many at once."""
 
     def __init__(
-        self, folder: Path, *, runtime: str, conmon: str, busybox: Path = Path("/bin/busybox")
+        self,
+        folder: Path,
+        *,
+        runtime: str,
+        conmon: str,
+        busybox: Path = Path("/bin/busybox"),
+        at_once: int = 1,
     ) -> None:
         self._runtime, self._conmon, self._folder = runtime, conmon, folder
         self._bundle = folder / "bundle"
@@ -37,23 +43,35 @@ class Floor:
         config["process"].pop("rlimits", None)
         (self._bundle / "config.json").write_text(json.dumps(config))
         # The parent's name is not used: only what is to be hidden is asked for.
-        self._threads = Threads(1, hide=Cgroups("sandkeeper-floor").hidden)
+        self._threads = Threads(at_once, hide=Cgroups("sandkeeper-floor").hidden)
 
     def _run(self, *command: str, cwd: str | Path = "/", check: bool = True) -> None:
         subprocess.run([self._runtime, *command], check=check, capture_output=True, timeout=30, cwd=cwd)
 
     async def sample(self, number: int) -> float:
         """Creates, starts and removes one container; returns the seconds of create + start."""
-        return await self._threads.run(lambda: self._sample(f"sandkeeper-floor-{os.getpid()}-{number}"))
-
-    def _sample(self, name: str) -> float:
-        began = time.perf_counter()
         try:
-            self._create(name)
-            self._run("start", name)
-            return time.perf_counter() - began
+            return await self.start(str(number))
         finally:
-            self._run("delete", "--force", name, check=False)
+            await self.remove(str(number))
+
+    async def start(self, name: str) -> float:
+        """Creates and starts one; returns the seconds of it. It is to be removed also where this raises."""
+        return await self._threads.run(lambda: self._start(self._id(name)))
+
+    async def remove(self, name: str) -> None:
+        """Kills and removes it, if it is there."""
+        await self._threads.run(lambda: self._run("delete", "--force", self._id(name), check=False))
+
+    @staticmethod
+    def _id(name: str) -> str:
+        return f"sandkeeper-floor-{os.getpid()}-{name}"
+
+    def _start(self, name: str) -> float:
+        began = time.perf_counter()
+        self._create(name)
+        self._run("start", name)
+        return time.perf_counter() - began
 
     def _create(self, name: str) -> None:
         reader, writer = os.pipe()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from bench.crowd import Crowd
 from sandkeeper.localcluster.cluster import OPERATOR, LocalCluster
@@ -13,6 +15,16 @@ def fresh(cluster: LocalCluster) -> None:
     """A new process, so that a part does not see the memory of the one before."""
     cluster.processes.stop(OPERATOR)
     cluster.start_operator()
+
+
+@contextmanager
+def stopped(cluster: LocalCluster) -> Iterator[None]:
+    """No operator meanwhile."""
+    cluster.processes.stop(OPERATOR)
+    try:
+        yield
+    finally:
+        cluster.start_operator()
 
 
 async def serving(cluster: LocalCluster, sandboxes: Crowd, name: str, **settings: str) -> tuple[float, float]:

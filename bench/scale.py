@@ -9,6 +9,7 @@ from bench import operators
 from bench.clusters import say
 from bench.costs import Cpu, Memory, Writes, cpu, of_sandboxes, settled
 from bench.crowd import SLOWEST, Crowd, Made, crowd
+from bench.least import alone, least
 from bench.result import Result, milliseconds
 from sandkeeper.localcluster.cluster import LocalCluster
 
@@ -16,9 +17,13 @@ REST = 60.0
 
 
 async def at_once(cluster: LocalCluster, sizes: list[int]) -> Result:
-    """So many created at once, and deleted again."""
+    """So many created at once, and deleted again; before them the least that so many cost here."""
     result = Result()
     for size in sizes:
+        async with alone(cluster) as (sandboxes, written):
+            floor = await least(
+                cluster, sandboxes, written, [f"least{size}-{number}" for number in range(size)]
+            )
         operators.fresh(cluster)
         async with crowd(cluster.kubeconfig) as sandboxes:
             names = [f"s{size}-{number}" for number in range(size)]
@@ -39,6 +44,11 @@ async def at_once(cluster: LocalCluster, sizes: list[int]) -> Result:
                 "gone_per_s": deleted.per_s,
                 "not_gone": deleted.lost,
                 "writes_per_life": of_sandboxes(writes.since()) / size,
+            }
+            figures |= {
+                "least_per_s": floor.per_s,
+                "share_of_least": made.per_s / floor.per_s,
+                **{f"least_{name}": value for name, value in floor.spent.each(size).items() if value},
             }
             result.figure(**{f"sim_{size}_{name}": value for name, value in figures.items()})
             result.sample(f"sim_{size}_ready", made.each)
