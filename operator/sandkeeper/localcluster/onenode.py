@@ -258,11 +258,12 @@ class OneNode:
 
     def _thaw(self) -> None:
         """What is frozen does not end, on cgroup v1."""
+        words = {"freezer.state": "THAWED", "cgroup.freeze": "0"}
         for hierarchy in _hierarchies():
-            for name, word in (("freezer.state", "THAWED"), ("cgroup.freeze", "0")):
-                for file in (hierarchy / self.sandboxes_cgroup).glob(f"**/{name}"):
-                    with contextlib.suppress(OSError):
-                        file.write_text(word)
+            for folder, _, names in os.walk(hierarchy / self.sandboxes_cgroup):
+                for name in words.keys() & set(names):
+                    with contextlib.suppress(OSError):  # it goes meanwhile, or is the root of all
+                        (Path(folder) / name).write_text(words[name])
 
     def _make_folders(self) -> None:
         root = self.folder / "root"
