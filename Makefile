@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 again := --reruns 1 --rerun-except 'left behind' --rerun-except 'untrue history'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test image e2e faults check bench crds stubs rules lock conformance setup lint unit clean
+.PHONY: help demo test image e2e kind-up kind-test kind-down faults check bench crds stubs rules lock conformance setup lint unit clean
 
 help: ## This list
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,15 @@ e2e: test-setup image ## A real Kubernetes of one node without Docker (needs roo
 	@$(py) -m sandkeeper.localcluster.binaries --e2e
 	@SANDKEEPER_TEST_IMAGE=build/sandkeeper.tar $(py) -m pytest tests/e2e $(PYTEST_ARGS)
 
+kind-up: $(VENV)/.ready ## Sandkeeper on a cluster of kind's with two workers (needs Docker), with this tree's image
+	@$(py) hack/kind.py up
+
+kind-test: $(VENV)/.ready ## The life of Sandboxes on it
+	@$(py) hack/kind.py test $(PYTEST_ARGS)
+
+kind-down: $(VENV)/.ready ## Removes it
+	@$(py) hack/kind.py down
+
 faults: test-setup ## Every fault at every effect, and a table of what held (an hour)
 	@$(py) -m pytest tests/faults --faults=all $(PYTEST_ARGS)
 
@@ -85,6 +94,7 @@ lock: ## Pin the dependencies of pyproject.toml anew
 	@$(bin)/pip install --quiet uv
 	@$(bin)/uv pip compile -q --upgrade --generate-hashes --no-header --no-emit-index-url --no-emit-find-links --extra dev -o requirements-dev.lock pyproject.toml
 	@$(bin)/uv pip compile -q --generate-hashes --no-header --no-emit-index-url --no-emit-find-links -c requirements-dev.lock -o requirements.lock pyproject.toml
+	@$(bin)/uv pip compile -q --generate-hashes --no-header --no-emit-index-url --no-emit-find-links -c requirements-dev.lock -o requirements-sbom.lock --group sbom
 
 clean: ## Remove what was built here
 	rm -rf build dist $(VENV) .mypy_cache .ruff_cache .pytest_cache

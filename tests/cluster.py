@@ -1,7 +1,9 @@
-"""The API server that tests talk to: a local one made for the session, or any that the developer names.
+"""The cluster that tests talk to: a local one made for the session, or any that the developer names.
 
 SANDKEEPER_TEST_KUBECONFIG names a kubeconfig (SANDKEEPER_TEST_CONTEXT one of its contexts). Tests create and
-delete freely, so only contexts whose name says that they are for it are taken.
+delete freely, so only contexts whose name says that they are for it are taken. What asks for `cluster` needs its API
+server alone; what asks for `sandboxes` needs Sandkeeper on it, installed, with busybox:1.37 at hand; what asks for
+`local` is skipped there.
 """
 
 from __future__ import annotations
@@ -40,6 +42,11 @@ class TestCluster:
     kubectl: Kubectl
 
 
+def named() -> str:
+    """The kubeconfig that the developer names; empty where it is to be a local cluster."""
+    return os.environ.get(KUBECONFIG, "")
+
+
 def named_context(path: Path, context: str = "") -> str:
     """The context to use of a developer's kubeconfig. Raises ValueError for one that is not for tests."""
     name = str(context or yaml.safe_load(path.read_text()).get("current-context") or "")
@@ -51,8 +58,8 @@ def named_context(path: Path, context: str = "") -> str:
 @contextlib.contextmanager
 def plain_cluster() -> Iterator[TestCluster]:
     """An API server with our CRDs; no shim, no operator."""
-    if named := os.environ.get(KUBECONFIG):
-        path = Path(named).resolve()
+    if given := named():
+        path = Path(given).resolve()
         context = named_context(path, os.environ.get(CONTEXT, ""))
         with tempfile.TemporaryDirectory(prefix="sandkeeper-test-") as folder:
             tools = binaries.ensure(("kubectl",))
@@ -137,6 +144,7 @@ __all__ = [
     "eventually",
     "fresh_namespace",
     "leaks_of",
+    "named",
     "plain_cluster",
     "whole_cluster",
 ]

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tests.cluster import TestCluster, fresh_namespace, plain_cluster, whole_cluster
+from tests.cluster import KUBECONFIG, TestCluster, fresh_namespace, named, plain_cluster, whole_cluster
 from tests.faults.recorders import Objects
 from tests.histories import violations
+from tests.nodes import Nodes
 from tests.sandboxes import Sandboxes
 
+from sandkeeper.localcluster.apiserver import Kubectl
 from sandkeeper.localcluster.cluster import LocalCluster
 
 
@@ -61,20 +63,38 @@ def local() -> Iterator[LocalCluster]:
     A test that kills a part of it makes one of its own: `whole_cluster`. At the end every version of every object
     that they made must have been true (tests/histories.py).
     """
+    if named():
+        pytest.skip(f"it looks into a local cluster's parts, and {KUBECONFIG} names another cluster")
     with whole_cluster(shims=2, engine="oci") as found, Objects(found.kubeconfig) as objects:
         yield found
         wrong = [line for history in objects.histories() for line in violations(history)]
         assert not wrong, "untrue history:\n" + "\n".join(wrong)
 
 
+@pytest.fixture(scope="session")
+def installed(request: pytest.FixtureRequest) -> Kubectl:
+    """kubectl of a cluster with operator and nodes: the one that the developer names, else `local`."""
+    kubectl: Kubectl = request.getfixturevalue("cluster" if named() else "local").kubectl
+    return kubectl
+
+
+@pytest.fixture(scope="session")
+def nodes(request: pytest.FixtureRequest) -> Nodes:
+    """Its nodes."""
+    if named():
+        return Nodes.named()
+    local: LocalCluster = request.getfixturevalue("local")
+    return Nodes(states={name: local.node_folder(index) / "state" for index, name in enumerate(local.nodes)})
+
+
 @pytest.fixture
-def home(local: LocalCluster) -> Iterator[str]:
-    """A namespace of `local` for one test."""
-    with fresh_namespace(local.kubectl) as name:
+def home(installed: Kubectl) -> Iterator[str]:
+    """A namespace of it for one test."""
+    with fresh_namespace(installed) as name:
         yield name
 
 
 @pytest.fixture
-def sandboxes(local: LocalCluster, home: str) -> Sandboxes:
+def sandboxes(installed: Kubectl, home: str) -> Sandboxes:
     """What a user does in that namespace."""
-    return Sandboxes(local.kubectl, home)
+    return Sandboxes(installed, home)
