@@ -12,33 +12,48 @@ RUN apt-get update -qq \
 FROM python AS build
 RUN apt-get update -qq \
  && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends python3-venv
-RUN python3 -m venv /opt/sandkeeper
+RUN python3 -m venv /opt/sandkeeper && python3 -m venv /opt/sbom
 # pip's own setting: the CA of a mirror, where one stands between.
 ARG PIP_CERT
 ENV PATH=/opt/sandkeeper/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_QUIET=1
 WORKDIR /src
-COPY requirements.lock requirements-dev.lock ./
+COPY requirements.lock requirements-dev.lock requirements-sbom.lock ./
 RUN sed -n '/^setuptools==/,/# via/p' requirements-dev.lock >build.lock \
- && pip install --require-hashes -r requirements.lock -r build.lock
+ && pip install --require-hashes -r requirements.lock -r build.lock \
+ && /opt/sbom/bin/pip install --require-hashes -r requirements-sbom.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY operator operator
 RUN pip install --no-deps --no-build-isolation . \
  && pip uninstall -y setuptools pip
 
-FROM python
+FROM python AS programs
 # What the oci engine drives (docs/decisions/0005-tools-for-images-and-processes.md).
 RUN apt-get update -qq \
  && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
       catatonit conmon crun golang-github-containers-common runc skopeo umoci \
  && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
+
+FROM programs AS sbom
+COPY --from=build /opt /opt
+COPY hack/sbom.py /opt/
+RUN /opt/sbom/bin/python /opt/sbom.py /opt/sandkeeper >/opt/sbom.cdx.json
+
+FROM programs
 COPY --from=build /opt/sandkeeper /opt/sandkeeper
-ARG VERSION=0.1.0
-LABEL org.opencontainers.image.title=sandkeeper \
-      org.opencontainers.image.version=${VERSION} \
-      org.opencontainers.image.licenses=Apache-2.0
+# Of Python's distributions and Debian's packages, with their versions.
+COPY --from=sbom /opt/sbom.cdx.json /usr/share/sandkeeper/sbom.cdx.json
 ENV PATH=/opt/sandkeeper/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 USER 65532:65532
 ENTRYPOINT ["sandkeeper"]
 CMD ["operator"]
+ARG VERSION=0.1.0
+# The commit, and where it can be had; `make image` gives them. Last, for they change with every commit.
+ARG REVISION
+ARG SOURCE
+LABEL org.opencontainers.image.title=sandkeeper \
+      org.opencontainers.image.version=${VERSION} \
+      org.opencontainers.image.revision=${REVISION} \
+      org.opencontainers.image.source=${SOURCE} \
+      org.opencontainers.image.licenses=Apache-2.0

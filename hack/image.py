@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from sandkeeper import __version__
 from sandkeeper.localcluster import preflight
@@ -26,6 +27,7 @@ RELEASE, MIRROR = "bookworm", "http://deb.debian.org/debian"
 BASE = f"localhost/debian:{RELEASE}"
 CACHE = cache_root() / "image"
 STORE = ("--root", str(CACHE / "store"), "--runroot", str(CACHE / "run"), "--storage-driver", "overlay")
+SBOM = "/usr/share/sandkeeper/sbom.cdx.json"  # in the image; beside the archive as NAME.cdx.json
 _WITHIN = "SANDKEEPER_IMAGE_WITHIN"
 # No program reads these, and the slim base of the Dockerfile lacks them too.
 _NEEDLESS = (
@@ -39,9 +41,44 @@ _NEEDLESS = (
 
 
 def with_docker(tool: str, archive: Path) -> None:
-    version = f"--build-arg=VERSION={__version__}"
-    run(tool, "build", "--quiet", version, "--tag", NAME, str(ROOT))
+    run(tool, "build", "--quiet", *build_arguments(), "--tag", NAME, str(ROOT))
     run(tool, "save", "--output", str(archive), NAME)
+    container = run(tool, "create", NAME).strip()
+    try:
+        run(tool, "cp", f"{container}:{SBOM}", str(sbom_beside(archive)))
+    finally:
+        run(tool, "rm", container)
+
+
+def build_arguments() -> list[str]:
+    """What the Dockerfile cannot know: version, commit and repository. Without git, or a remote, these are empty."""
+    revision = git("rev-parse", "HEAD")
+    if revision and git("status", "--porcelain"):
+        revision += "-dirty"
+    given = {
+        "VERSION": __version__,
+        "REVISION": revision,
+        "SOURCE": public(git("remote", "get-url", "origin")),
+    }
+    return [f"--build-arg={name}={value}" for name, value in given.items()]
+
+
+def git(*argv: str) -> str:
+    """What git says of this tree; empty where it is none of git's, or there is no git."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return ""
+    done = subprocess.run(["git", *argv], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def public(url: str) -> str:
+    """A URL that others can use and that tells no secret; empty for a path, and for one with a user in it."""
+    parts = urlsplit(url)
+    return url if parts.scheme == "https" and "@" not in parts.netloc else ""
+
+
+def sbom_beside(archive: Path) -> Path:
+    return archive.with_suffix(".cdx.json")
 
 
 def builder() -> str:
@@ -71,7 +108,7 @@ def with_buildah(archive: Path) -> None:
     if not buildah("images", "--quiet", "--filter", f"reference={BASE}"):
         make_base()
     options = ["--isolation", "chroot", "--layers", "--pull-never", "--quiet", f"--build-arg=BASE={BASE}"]
-    options.append(f"--build-arg=VERSION={__version__}")
+    options += build_arguments()
     if authorities := os.environ.get("PIP_CERT"):  # a mirror's, where one stands between
         options += ["--volume", f"{authorities}:/run/authorities.crt:ro"]
         options.append("--build-arg=PIP_CERT=/run/authorities.crt")
@@ -79,6 +116,9 @@ def with_buildah(archive: Path) -> None:
     buildah("bud", *options, "--tag", NAME, str(ROOT))
     archive.unlink(missing_ok=True)
     buildah("push", "--quiet", NAME, f"oci-archive:{archive}:{NAME}")
+    container = buildah("from", "--pull-never", NAME).strip()
+    shutil.copyfile(buildah("mount", container).strip() + SBOM, sbom_beside(archive))
+    buildah("rm", container)
 
 
 def make_base() -> None:
@@ -126,7 +166,7 @@ def main() -> None:
         with_buildah(output)
     else:
         with_docker(tool, output)
-    sys.stdout.write(f"{NAME} {output}\n")
+    sys.stdout.write(f"{NAME} {output} {sbom_beside(output)}\n")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"]}
         "version": ("sandkeeper.cli.main:version", "Print the version."),
     },
 )
+@click.version_option(package_name="sandkeeper", message="%(version)s")
 def main() -> None:
     """Sandboxes on Kubernetes without a Pod per sandbox."""
 

@@ -44,8 +44,9 @@ def test_the_plugin_has_help(command: str) -> None:
     assert "SANDKEEPER_TLS_CA" in result.output
 
 
-def test_the_version_is_the_packages() -> None:
-    assert CliRunner().invoke(main, ["version"]).output.strip() == version("sandkeeper")
+@pytest.mark.parametrize("asked", ["version", "--version"])
+def test_the_version_is_the_packages(asked: str) -> None:
+    assert CliRunner().invoke(main, [asked]).output.strip() == version("sandkeeper")
 
 
 def test_crds_are_documents_for_kubectl() -> None:
