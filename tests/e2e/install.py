@@ -88,7 +88,7 @@ def image_archive(folder: Path) -> Path:
     return archive
 
 
-def install(node: OneNode, archive: Path) -> Installation:
+def install(node: OneNode, archive: Path, manifests: Path = ROOT / "manifests") -> Installation:
     """All of it, Ready. The certificates are made here: there is nothing that signs a node's request yet."""
     made = Installation(node)
     kubectl = node.kubectl
@@ -102,7 +102,7 @@ def install(node: OneNode, archive: Path) -> Installation:
     node.run_within("mkdir", "-p", _PKI)
     for source, name in ((ca.cert, "ca.crt"), (shim.cert, "node.crt"), (shim.key, "node.key")):
         node.run_within("cp", str(source), f"{_PKI}/{name}")
-    kubectl("apply", "--server-side", "-k", str(ROOT / "manifests"))
+    kubectl("apply", "--server-side", "-k", str(manifests))
     files = {"ca.crt": ca.cert, "tls.crt": operator.cert, "tls.key": operator.key}
     flags = [f"--from-file={name}={path}" for name, path in files.items()]
     kubectl("-n", SYSTEM, "create", "secret", "generic", "sandkeeper-operator-tls", *flags)

@@ -25,8 +25,19 @@ def documents(path: Path) -> list[dict[str, Any]]:
     return [each for each in yaml.safe_load_all(path.read_text()) if each]
 
 
+def patches() -> set[Path]:
+    """Files that change an object of another file, and are none by themselves."""
+    return {
+        path.parent / each["path"]
+        for path in KUSTOMIZATIONS
+        for each in documents(path)[0].get("patches", [])
+        if "path" in each
+    }
+
+
 def objects(kind: str) -> list[dict[str, Any]]:
-    return [each for path in FILES for each in documents(path) if each.get("kind") == kind]
+    whole = [path for path in FILES if path not in patches()]
+    return [each for path in whole for each in documents(path) if each.get("kind") == kind]
 
 
 def words(value: Any) -> list[str]:
