@@ -25,6 +25,7 @@ from sandkeeper.shim.engines.oci.images.types import Image
 from sandkeeper.shim.engines.oci.notes import Started
 from sandkeeper.shim.engines.oci.options import Options
 from sandkeeper.shim.engines.oci.processes import ProcessRef, read_json, reap, write_json
+from sandkeeper.shim.engines.oci.sealed import Sealed
 from sandkeeper.shim.engines.oci.seccomp import Seccomp
 from sandkeeper.shim.engines.oci.threads import Threads
 from sandkeeper.wire import node_pb2
@@ -68,6 +69,7 @@ class Containers:
         self._cgroups = cgroups
         self._seccomp = seccomp
         self._threads = threads
+        self.sealed = Sealed(options.run_root / "sealed")
 
     def folder(self, sandbox_id: str) -> SandboxFolder:
         return SandboxFolder.under(self._options.root_dir, self._options.run_root, sandbox_id)
@@ -295,7 +297,7 @@ class Containers:
         """Has the runtime create what folder.config says, and a monitor watch it. Returns the pid of the process,
         which waits for `_run`. Raises EngineError."""
         return monitor.create(
-            self._options.conmon, runtime, sandbox.runtime_root, folder,
+            self._options.conmon, self.sealed.of(runtime), sandbox.runtime_root, folder,
             self._options.log_max_bytes // 2, self._cgroups, self._options.runtime_timeout,
         )  # fmt: skip
 
@@ -318,7 +320,7 @@ class Containers:
             return ""
 
     def _runtime(self, sandbox: SandboxFolder, runtime: str, *arguments: str) -> None:
-        argv = [runtime, f"--root={sandbox.runtime_root}", *arguments]
+        argv = [self.sealed.of(runtime), f"--root={sandbox.runtime_root}", *arguments]
         try:
             result = tools.run(argv, self._options.runtime_timeout)
         except OSError as error:

@@ -103,6 +103,7 @@ class OCIEngine(Engine):
             reasons = "; ".join(f"{info.name}: {info.message}" for info in self._order)
             raise EngineError("NodeUnsupported", f"no runtime works: {reasons}")
         self._containers = self._make_containers(profile)
+        self._opened.callback(self._containers.sealed.close)
 
     # What another engine does in another way.
 
@@ -378,7 +379,7 @@ class OCIEngine(Engine):
         write_json(files / "process.json", process)
         sandbox, tty = self._containers.folder(folder.sandbox_id), bool(process["terminal"])
         argv = [
-            *(notes.read_runtime(sandbox), f"--root={sandbox.runtime_root}"),
+            *(self._containers.sealed.of(notes.read_runtime(sandbox)), f"--root={sandbox.runtime_root}"),
             *("exec", "--pid-file", str(files / "pid")),
             *(["--tty"] if tty else []),
             *("--process", str(files / "process.json"), folder.runtime_id),
