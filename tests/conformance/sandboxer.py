@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 from google.protobuf import any_pb2
+from tests.conformance.relay import Relay
 from tests.conformance.shims import ShimHost
 from tests.containerds import containerd
 
@@ -105,10 +106,13 @@ def any_of(type_url: str, value: bytes) -> any_pb2.Any:
 
 
 @contextlib.contextmanager
-def sandboxer(*, tasks: bool = False, **options: Any) -> Iterator[Sandboxer]:
+def sandboxer(
+    *, tasks: bool = False, relays: Mapping[str, Relay] | None = None, **options: Any
+) -> Iterator[Sandboxer]:
     """A shim and a containerd until the end of the block; nothing is left of either, nor of any sandbox.
 
     tasks: containerd may run containers in its sandboxes.
+    relays: further sandboxers by their names, each in front of the shim.
     """
     folder = Path(tempfile.mkdtemp(prefix="sbx-"))
     settings = {"SANDBOXER__FORGOTTEN_AFTER": "15", "COLLECT_INTERVAL": "0.5"}
@@ -119,8 +123,13 @@ def sandboxer(*, tasks: bool = False, **options: Any) -> Iterator[Sandboxer]:
         settings["SANDBOXER__CONTAINERD_ROOT"] = str(folder / "ctrd" / "root")
         settings["SANDBOXER__CONTAINERD_SOCKET"] = str(folder / "ctrd" / "containerd.sock")
     shim = ShimHost(folder / "node", "oci", settings)
+    served = {NAME: shim.socket}
     try:
-        with containerd(folder=folder / "ctrd", sandboxers={NAME: shim.socket}, **options) as ctrd:
+        with contextlib.ExitStack() as stack:
+            for name, relay in (relays or {}).items():
+                served[name] = folder / f"{name}.sock"
+                stack.enter_context(relay.serving(served[name], shim.socket))
+            ctrd = stack.enter_context(containerd(folder=folder / "ctrd", sandboxers=served, **options))
             shim.launch()
             try:
                 asyncio.run(shim.ready())

@@ -21,7 +21,7 @@ from tests.integration.test_engines import Box, container, execute, monitor_of, 
 from tests.leaks import Leaks
 
 from sandkeeper.localcluster.containerd import Containerd
-from sandkeeper.localcluster.containerd_sources import SOURCES
+from sandkeeper.localcluster.containerd_sources import SOURCES, Source
 from sandkeeper.localcluster.ocilayout import busybox_image, write_layout
 from sandkeeper.shim.engines.base import SANDBOX_PROCESS, EngineError
 from sandkeeper.shim.engines.containerd import ContainerdEngine, ttrpc
@@ -56,12 +56,12 @@ class Node:
         return self.daemon.ctr(*arguments, namespace=NAMESPACE)
 
 
-@pytest.fixture(scope="module", params=SOURCES)
-def node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    folder = tmp_path_factory.mktemp(f"ctrd-{request.param}-{os.getpid()}-")
+@contextlib.contextmanager
+def node_with(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    folder = tmp_path_factory.mktemp(f"ctrd-{source}-{os.getpid()}-")
     write_layout(folder / "layout", {IMAGE: busybox_image()})
     parent = f"test-{folder.name}"
-    with containerd(request.param) as daemon:
+    with containerd(source) as daemon:
         settings = ShimSettings(
             node_name="test",
             state_dir=folder / "state",
@@ -75,6 +75,12 @@ def node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         leaks.assert_none()
 
 
+@pytest.fixture(scope="module", params=SOURCES)
+def node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
+    with node_with(request.param, tmp_path_factory) as made:
+        yield made
+
+
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(node: Node) -> AsyncIterator[ContainerdEngine]:
     made = await node.engine()
@@ -86,8 +92,8 @@ async def engine(node: Node) -> AsyncIterator[ContainerdEngine]:
 Make = Callable[..., Box]
 
 
-@pytest_asyncio.fixture(loop_scope="module")
-async def make(node: Node, engine: ContainerdEngine) -> AsyncIterator[Make]:
+@contextlib.asynccontextmanager
+async def boxes(node: Node, engine: ContainerdEngine) -> AsyncIterator[Make]:
     """Makes sandboxes; removes them, and looks that nothing is left, in containerd neither."""
     made: list[Box] = []
 
@@ -104,6 +110,12 @@ async def make(node: Node, engine: ContainerdEngine) -> AsyncIterator[Make]:
     assert await engine.list() == frozenset()
     node.leaks.assert_none()
     assert left_in(node) == []
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def make(node: Node, engine: ContainerdEngine) -> AsyncIterator[Make]:
+    async with boxes(node, engine) as made:
+        yield made
 
 
 async def gone(box: Box) -> bool:

@@ -30,7 +30,7 @@ T = TypeVar("T")
 SECONDS = 60.0
 """Longest that a call takes that waits for nothing of a user's."""
 _MAX_MESSAGE = 16 * 1024 * 1024
-_OPTIONS = (
+OPTIONS = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE),
     # A connection of its own, so that what another engine of this process does to its is no matter.
     ("grpc.use_local_subchannel_pool", 1),
@@ -65,7 +65,7 @@ class Client:
     def __init__(self, socket: Path, namespace: str) -> None:
         self.socket = socket
         self.namespace = namespace
-        self._channel = grpc.insecure_channel(f"unix://{socket}", options=_OPTIONS)
+        self._channel = grpc.insecure_channel(f"unix://{socket}", options=OPTIONS)
         self.version = version_pb2_grpc.VersionStub(self._channel)
         self.introspection = introspection_pb2_grpc.IntrospectionStub(self._channel)
         self.namespaces = namespaces_pb2_grpc.NamespacesStub(self._channel)

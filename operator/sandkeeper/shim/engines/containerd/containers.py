@@ -211,6 +211,17 @@ class TaskContainers(containers.Containers):
             if each.parent.is_dir():
                 monitor_process.note(str(each), str(code), at)
 
+    def keep_kills(self, folder: AttemptFolder) -> None:
+        """Notes that the kernel has killed for memory while its count is there: it goes with the task, which others
+        may delete."""
+        killed = self._cgroups.oom_kills(folder.sandbox_id, folder.container) > 0
+        if killed and folder.run.is_dir() and not folder.oom_file.exists():
+            monitor_process.note(str(folder.oom_file), "", 0.0)
+
+    def task_state(self, folder: AttemptFolder) -> str:
+        """As `tasks.Task` has it. Raises CallError."""
+        return tasks.get(self._client, tasks.name_of(folder.runtime_id)).state
+
     def find_exit(self, folder: AttemptFolder) -> bool:
         """Asks how a process ended whose monitor could not tell: containerd's shim, then containerd. Whether it is
         known now. Raises CallError where containerd is away."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,9 +14,10 @@ from sandkeeper.shim.engines.base import SANDBOX_PROCESS, ExecSession, ProcessEx
 from sandkeeper.shim.engines.containerd import sandboxed, server, sessions, tasks
 from sandkeeper.shim.engines.containerd.client import CallError, Client
 from sandkeeper.shim.engines.containerd.containers import TaskContainers, shim_address
+from sandkeeper.shim.engines.containerd.events import Events, first
 from sandkeeper.shim.engines.containerd.images import ContainerdImages
 from sandkeeper.shim.engines.containerd.probe import Prober
-from sandkeeper.shim.engines.containerd.sandboxes import Sandboxes, Target
+from sandkeeper.shim.engines.containerd.sandboxes import Sandboxes, Target, wait_request
 from sandkeeper.shim.engines.oci import exits, notes, runtimes
 from sandkeeper.shim.engines.oci.cgroups import Cgroups
 from sandkeeper.shim.engines.oci.engine import OCIEngine
@@ -30,6 +31,11 @@ log = logging.getLogger(__name__)
 
 _ASK_SECONDS = 1.0
 _EXIT_SECONDS = 5.0
+_RUNS = ("created", "running")
+_AGAIN_SECONDS = (0.2, 1.0, 5.0)
+"""After an event: the kernel tells of a lack of memory before it has killed for it, and counted that."""
+_MONITOR_SECONDS = 15.0
+"""How long a monitor may take to note an end that others have seen: it has output to write first."""
 
 
 class ContainerdEngine(OCIEngine):
@@ -41,6 +47,7 @@ class ContainerdEngine(OCIEngine):
         """settings: ShimSettings."""
         chosen = settings.containerd
         self._client = Client(chosen.socket, chosen.namespace)
+        self._events = Events(chosen.socket, chosen.namespace)
         self._sandboxes = Sandboxes(self._client, {})
         self._snapshotter = chosen.snapshotter
         self._targets = {
@@ -63,8 +70,10 @@ class ContainerdEngine(OCIEngine):
         if found.snapshotter_root:
             self._store.snapshots = Path(found.snapshotter_root)
         await super().open()
+        self._events.open()
 
     async def close(self) -> None:
+        await self._events.close()
         await super().close()
         self._sandboxes.close()
         self._client.close()
@@ -99,6 +108,8 @@ class ContainerdEngine(OCIEngine):
     # -- a sandbox process that others may have made
 
     async def inspect(self, sandbox_id: str, container: str, attempt: int) -> ProcessState:
+        if container != SANDBOX_PROCESS and (pid := await self._unseen(sandbox_id, container, attempt)):
+            return ProcessState(pid=pid)
         found = await super().inspect(sandbox_id, container, attempt)
         folder = self._tasks.folder(sandbox_id)
         lost = container == SANDBOX_PROCESS and found.exit is not None and found.exit.reason == "SandboxLost"
@@ -110,8 +121,47 @@ class ContainerdEngine(OCIEngine):
                 )
         return found
 
+    async def _unseen(self, sandbox_id: str, container: str, attempt: int) -> int:
+        """The pid of a process that runs by what containerd says, and is not seen from here; else 0."""
+        folder = self._attempt(sandbox_id, container, attempt)
+        started = notes.read_started(folder)
+        if started is None or started.process.boot or exits.read(folder, self._cgroups) is not None:
+            return 0
+        try:
+            return 0 if await self._is_over(folder, started.process) else started.process.pid
+        except CallError:
+            return started.process.pid
+
     async def _signal(self, folder: SandboxFolder, process: ProcessRef, number: int) -> None:
         await self._threads.run(lambda: self._tasks.signal(folder, process, number))
+
+    def _target(self, folder: SandboxFolder) -> Target | None:
+        """Whose sandbox it is; None where the sandbox process is ours."""
+        return sandboxed.target_of(folder) if self._sandboxed else None
+
+    async def _process_ended(self, folder: SandboxFolder, process: ProcessRef) -> None:
+        """A sandboxer may call a sandbox ended whose process, its hypervisor for one, is still there."""
+        target = self._target(folder)
+        if target is None:
+            await process.ended()
+            return
+        with self._events.watching(tasks.name_of(folder.sandbox_id)) as woken:
+            await first(process.ended(), self._sandbox_ended(target, folder.sandbox_id, woken))
+
+    async def _sandbox_ended(self, target: Target, sandbox_id: str, woken: asyncio.Event) -> None:
+        """Returns when its sandboxer says so."""
+        over = asyncio.Event()
+
+        async def ask() -> None:
+            await self._events.sandbox_ended(wait_request(target, sandbox_id))
+            over.set()
+
+        while not over.is_set():
+            woken.clear()
+            with contextlib.suppress(CallError):
+                if await self._threads.run(lambda: self._sandboxes.is_over(target, sandbox_id)):
+                    return
+            await first(woken.wait(), ask())
 
     async def _kept_exit(self, folder: SandboxFolder, process: ProcessRef) -> ProcessExit:
         """Waits for containerd where only that can tell."""
@@ -123,14 +173,48 @@ class ContainerdEngine(OCIEngine):
     # -- containers
 
     async def _container_exit(self, folder: AttemptFolder, started: notes.Started) -> ProcessExit:
-        if started.monitor is not None:
-            await started.monitor.ended()
-        ended = exits.read(folder, self._cgroups)
-        if ended is None:
-            # Its monitor was killed, or does not know whom to ask.
-            await started.process.ended()
-            ended = await self._asked_exit(folder)
+        with self._events.watching(tasks.name_of(folder.runtime_id)) as woken:
+
+            async def late() -> None:
+                await self._over(folder, started, woken)
+                await asyncio.sleep(_MONITOR_SECONDS)
+
+            if started.monitor is not None:
+                await first(started.monitor.ended(), late())
+            ended = exits.read(folder, self._cgroups)
+            if ended is None:
+                # Its monitor was killed, or stands still, or does not know whom to ask.
+                await self._over(folder, started, woken)
+                ended = await self._asked_exit(folder)
         return ended
+
+    async def _over(self, folder: AttemptFolder, started: notes.Started, woken: asyncio.Event) -> None:
+        """Returns when a container's first process has ended: the kernel tells of that, or containerd."""
+        process = started.process
+        again: Iterator[float] = iter(())
+        while True:
+            woken.clear()
+            try:
+                if await self._is_over(folder, process):
+                    return
+            except CallError:
+                await asyncio.sleep(_ASK_SECONDS)
+                continue
+            wakers: list[Coroutine[Any, Any, object]] = [woken.wait()]
+            if process.boot:
+                wakers.append(process.ended())
+            if seconds := next(again, 0.0):
+                wakers.append(asyncio.sleep(seconds))
+            await first(*wakers)
+            if woken.is_set():
+                again = iter(_AGAIN_SECONDS)
+
+    async def _is_over(self, folder: AttemptFolder, process: ProcessRef) -> bool:
+        """Raises CallError where only containerd can tell, and is away: of a process that is not seen from here."""
+        self._tasks.keep_kills(folder)
+        if process.boot:
+            return process.join(0.0)
+        return await self._threads.run(lambda: self._tasks.task_state(folder) in ("", "stopped"))
 
     async def _asked_exit(self, folder: AttemptFolder) -> ProcessExit:
         """Waits for containerd where only that can tell."""
@@ -138,12 +222,24 @@ class ContainerdEngine(OCIEngine):
 
             def ask() -> ProcessExit | None:
                 known = folder.run.exists() and self._tasks.find_exit(folder)
-                return exits.read(folder, self._cgroups) if known else None
+                if not known and folder.run.exists() and self._tasks.task_state(folder) in _RUNS:
+                    return None
+                ended = exits.read(folder, self._cgroups) if known else None
+                return ended or exits.lost("containerd forgot it, and its exit with it")
 
             with contextlib.suppress(CallError):
                 ended = await self._locked(folder.sandbox_id, ask)
-                return ended or exits.lost("containerd forgot it, and its exit with it")
+                if ended is not None:
+                    return ended
             await asyncio.sleep(_ASK_SECONDS)
+
+    async def _send(self, folder: AttemptFolder, process: ProcessRef, number: int) -> None:
+        if process.boot:
+            process.send(number)
+        else:
+            await self._threads.run(
+                lambda: tasks.kill(self._client, tasks.name_of(folder.runtime_id), number)
+            )
 
     def _execute(
         self,

@@ -46,7 +46,7 @@ class SandboxedContainers(TaskContainers):
 
     def start(self, sandbox_id: str, config: node_pb2.SandboxConfig) -> int:
         folder = self.folder(sandbox_id)
-        target = _target(folder)
+        target = target_of(folder)
         if target is None:
             return super().start(sandbox_id, config)
         recorded = self.process(folder)
@@ -75,7 +75,7 @@ class SandboxedContainers(TaskContainers):
     # -- the sandbox process's end
 
     def signal(self, folder: SandboxFolder, process: ProcessRef, number: int) -> None:
-        target = _target(folder)
+        target = target_of(folder)
         try:
             at_once = number == exits.KILLED
             if target is not None and self._sandboxes.stop(target, folder.sandbox_id, at_once=at_once):
@@ -86,12 +86,12 @@ class SandboxedContainers(TaskContainers):
         super().signal(folder, process, number)
 
     def asks_for_exit(self, folder: SandboxFolder) -> bool:
-        return _target(folder) is not None
+        return target_of(folder) is not None
 
     def sandbox_exit(self, folder: SandboxFolder, process: ProcessRef) -> ProcessExit:
         """What the sandboxer says is kept at first sight: containerd has it no longer than the sandbox. Raises
         CallError where that is away, and has not said it before."""
-        target = _target(folder)
+        target = target_of(folder)
         killed = (read_json(folder.killed) or {}).get("signal")
         if target is None or killed or not folder.run.exists() or process.boot != boot_id():
             return super().sandbox_exit(folder, process)
@@ -106,13 +106,13 @@ class SandboxedContainers(TaskContainers):
         return exits.lost(words, datetime.fromtimestamp(float(recorded["at"]), UTC), status)
 
     def _end_process(self, folder: SandboxFolder) -> None:
-        if _target(folder) is None:
+        if target_of(folder) is None:
             super()._end_process(folder)
 
     def _remove_rest(self, folder: SandboxFolder) -> None:
         # The tasks first: they are in it.
         super()._remove_rest(folder)
-        target = _target(folder)
+        target = target_of(folder)
         if target is not None and folder.run.exists():
             notes.note_kill(folder, exits.KILLED)
         self._sandboxes.remove(folder.sandbox_id, target.sandboxer if target else "")
@@ -124,7 +124,8 @@ class SandboxedContainers(TaskContainers):
         return found
 
 
-def _target(folder: SandboxFolder) -> Target | None:
+def target_of(folder: SandboxFolder) -> Target | None:
+    """None where the sandbox process is the engine's own."""
     return Target.parse(notes.read_runtime(folder))
 
 

@@ -24,6 +24,7 @@ from sandkeeper.wire.containerd import introspection_pb2
 
 _MARK = "sandboxer:"
 PROBE = "sandkeeper.dev/probe"
+_ENDED = ("SANDBOX_NOTREADY", "STOPPED")
 _STOP_SECONDS = 10
 _WAIT_SECONDS = 30.0
 
@@ -67,6 +68,12 @@ class Asked:
         wishes.network = cri_pb2.NODE if self.host_network else cri_pb2.POD
         wishes.pid = cri_pb2.CONTAINER
         return any_pb2.Any(type_url=pod.DESCRIPTOR.full_name, value=pod.SerializeToString())
+
+
+def wait_request(target: Target, sandbox_id: str) -> controller_pb2.ControllerWaitRequest:
+    return controller_pb2.ControllerWaitRequest(
+        sandbox_id=tasks.name_of(sandbox_id), sandboxer=target.sandboxer
+    )
 
 
 class Sandboxes:
@@ -132,6 +139,12 @@ class Sandboxes:
         request = controller_pb2.ControllerStatusRequest(sandbox_id=name, sandboxer=target.sandboxer)
         return client.found(client.controller.Status, request)
 
+    def is_over(self, target: Target, sandbox_id: str) -> bool:
+        """Whether the sandboxer says that it has ended. One that does not know it may have been started anew, or not
+        be loaded: that says nothing. Raises CallError."""
+        found = self._status(self._client, target, tasks.name_of(sandbox_id))
+        return found is not None and found.state in _ENDED
+
     def stop(self, target: Target, sandbox_id: str, *, at_once: bool) -> bool:
         """Ends one; False where it is not known. Raises CallError."""
         request = controller_pb2.ControllerStopRequest(
@@ -144,11 +157,9 @@ class Sandboxes:
     def wait(self, target: Target, sandbox_id: str) -> tuple[int, datetime] | None:
         """Exit status and time of one that has ended; None where nobody can tell. Raises CallError where containerd
         is away."""
-        request = controller_pb2.ControllerWaitRequest(
-            sandbox_id=tasks.name_of(sandbox_id), sandboxer=target.sandboxer
-        )
+        wait, request = self._client.controller.Wait, wait_request(target, sandbox_id)
         try:
-            found = self._client.call(self._client.controller.Wait, request, seconds=_WAIT_SECONDS)
+            found = self._client.call(wait, request, seconds=_WAIT_SECONDS)
         except CallError as error:
             if error.away:
                 raise

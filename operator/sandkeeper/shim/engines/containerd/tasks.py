@@ -35,12 +35,13 @@ _STATES = {
     process_pb2.PAUSED: "running",
     process_pb2.PAUSING: "running",
     process_pb2.STOPPED: "stopped",
+    process_pb2.UNKNOWN: "unknown",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """state: OCI's word; empty where there is no such task."""
+    """state: OCI's word, or `unknown` where its shim does not say; empty where there is no such task."""
 
     state: str = ""
     pid: int = 0
@@ -170,7 +171,16 @@ def get(client: Client, name: str, exec_id: str = "") -> Task:
         return Task()
     process = found.process
     at = process.exited_at.ToDatetime(UTC) if process.HasField("exited_at") else None
-    return Task(_STATES.get(process.status, ""), process.pid, process.exit_status, at)
+    return Task(_STATES.get(process.status, "unknown"), process.pid, process.exit_status, at)
+
+
+def kill(client: Client, name: str, number: int) -> None:
+    """A task that has ended, or is not there, is success. Raises CallError where containerd is away."""
+    try:
+        client.call(client.tasks.Kill, tasks_pb2.KillRequest(container_id=name, signal=number))
+    except CallError as error:
+        if error.away:
+            raise
 
 
 def delete(client: Client, name: str) -> None:

@@ -270,9 +270,12 @@ class OCIEngine(Engine):
         process = self._containers.process(folder)
         if process is None:
             raise EngineError("NotStarted", "the sandbox process was not started")
-        await process.ended()
-
+        await self._process_ended(folder, process)
         return await self._kept_exit(folder, process)
+
+    async def _process_ended(self, folder: SandboxFolder, process: ProcessRef) -> None:
+        """Returns once a sandbox process has ended."""
+        await process.ended()
 
     async def _kept_exit(self, folder: SandboxFolder, process: ProcessRef) -> ProcessExit:
         return await self._locked(folder.sandbox_id, lambda: self._containers.sandbox_exit(folder, process))
@@ -288,12 +291,18 @@ class OCIEngine(Engine):
                 # It ends the sandbox. What is in pid namespaces of its own does not end with it by itself.
                 await self._locked(sandbox_id, lambda: self._cgroups.kill(sandbox_id))
             return
-        started = notes.read_started(self._attempt(sandbox_id, container, attempt))
+        attempt_folder = self._attempt(sandbox_id, container, attempt)
+        started = notes.read_started(attempt_folder)
         if started is not None:
-            started.process.send(self._stop_signal(folder, container, signal))
+            number = self._stop_signal(folder, container, signal)
+            await self._send(attempt_folder, started.process, number)
             if self._cgroups.is_frozen(sandbox_id):
                 # A frozen process takes no signal, not even SIGKILL on cgroup v1.
                 await self.resume(sandbox_id)
+
+    async def _send(self, folder: AttemptFolder, process: ProcessRef, number: int) -> None:
+        """To a container's first process."""
+        process.send(number)
 
     async def _signal(self, folder: SandboxFolder, process: ProcessRef, number: int) -> None:
         """To a sandbox process."""
