@@ -6,24 +6,34 @@ import asyncio
 import functools
 import json
 import os
+import subprocess
+import sys
 import threading
-from collections.abc import AsyncIterator, Iterator
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import pytest_asyncio
-from tests.conformance.relay import Relay
+from google.protobuf import any_pb2
+from google.protobuf.message import Message
+from tests.conformance.relay import Refused, Relay
 from tests.conformance.sandboxer import Sandboxer, sandboxer
+from tests.conformance.shims import ShimHost
 from tests.integration.test_containerd import gone
-from tests.integration.test_engines import IMAGE, Box, Make, container, settings_in, until
+from tests.integration.test_engines import IMAGE, MIB, Box, Make, container, settings_in, until
 
 from sandkeeper.localcluster.ocilayout import busybox_image, write_layout
-from sandkeeper.shim.engines.base import SANDBOX_PROCESS
+from sandkeeper.shim.engines.base import SANDBOX_PROCESS, UsageSample
 from sandkeeper.shim.engines.containerd import ContainerdEngine
-from sandkeeper.wire import controller_pb2
+from sandkeeper.shim.engines.oci.cgroups import Cgroups
+from sandkeeper.wire import controller_pb2, controller_pb2_grpc, node_pb2_grpc
 from sandkeeper.wire import node_pb2 as pb
+from sandkeeper.wire.client import open_channel
+from sandkeeper.wire.containerd import cgroup1_pb2, cgroup2_pb2
 
 pytestmark = [pytest.mark.oci, pytest.mark.asyncio(loop_scope="module")]
 
@@ -146,3 +156,169 @@ async def test_a_sandboxer_that_forgot_it_ends_nothing(node: Node, make: Make) -
     assert (await box.engine.inspect(box.id, "main", 0)).pid
     await box.engine.remove(box.id)
     assert (await asyncio.wait_for(waiting, SECONDS)).reason == "Signaled"
+
+
+# -- what it uses
+
+
+@pytest.fixture(scope="module")
+def vmm(node: Node) -> Iterator[Cgroups]:
+    """The sandboxer's own cgroup `vm`, and a process in it as a hypervisor is one: what it uses, no cgroup of the
+    engine's holds."""
+    cgroups = Cgroups(f"test-vmm-{node.folder.name}")
+    cgroups.make_parent()
+    cgroups.make("vm")
+    busy = "held = bytearray(32 << 20); print(1, flush=True)\nfor n in range(10**7): pass\ninput()"
+    with subprocess.Popen([sys.executable, "-c", f"input(); {busy}"], **PIPES) as process:
+        assert process.stdin
+        assert process.stdout
+        try:
+            for mount in cgroups.hierarchies:
+                (mount.point / cgroups.path("vm").lstrip("/") / "cgroup.procs").write_text(str(process.pid))
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == b"1\n"
+            yield cgroups
+        finally:
+            process.kill()
+            process.wait()
+            cgroups.remove("vm")
+            cgroups.close()
+
+
+PIPES: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+
+
+class Metering:
+    """A sandboxer's Metrics, of its own cgroup. said: each answer, as it was read."""
+
+    def __init__(self, cgroups: Cgroups, pack: Callable[[UsageSample], any_pb2.Any]) -> None:
+        self._cgroups = cgroups
+        self._pack = pack
+        self.said: list[UsageSample] = []
+
+    def __call__(self, request: Any) -> controller_pb2.ControllerMetricsResponse:
+        found = self._cgroups.usage("vm")
+        assert found is not None
+        self.said.append(found)
+        answer = controller_pb2.ControllerMetricsResponse()
+        answer.metrics.id = request.sandbox_id
+        answer.metrics.data.CopyFrom(self._pack(found))
+        return answer
+
+
+def named(message: Message) -> any_pb2.Any:
+    """As containerd writes it: without a prefix."""
+    return any_pb2.Any(type_url=message.DESCRIPTOR.full_name, value=message.SerializeToString())
+
+
+def as_cgroup1(found: UsageSample) -> any_pb2.Any:
+    metrics = cgroup1_pb2.Metrics()
+    metrics.cpu.usage.total = found.cpu_usage_usec * 1000
+    metrics.memory.usage.usage, metrics.pids.current = found.memory_bytes, found.pids
+    return named(metrics)
+
+
+def as_cgroup2(found: UsageSample) -> any_pb2.Any:
+    metrics = cgroup2_pb2.Metrics()
+    metrics.cpu.usage_usec, metrics.memory.usage = found.cpu_usage_usec, found.memory_bytes
+    metrics.pids.current = found.pids
+    return named(metrics)
+
+
+def as_its_own(found: UsageSample) -> any_pb2.Any:
+    return any_pb2.Any(type_url="vmm.example/vmm.v1.Metrics", value=f"{found.pids} vcpus".encode())
+
+
+def refuse(request: Any) -> controller_pb2.ControllerMetricsResponse:
+    raise Refused(grpc.StatusCode.UNIMPLEMENTED)
+
+
+@pytest.mark.parametrize("pack", [as_cgroup1, as_cgroup2])
+async def test_usage_is_the_sandboxers_where_our_cgroup_holds_nothing(
+    node: Node, make: Make, vmm: Cgroups, pack: Callable[[UsageSample], any_pb2.Any]
+) -> None:
+    box = make()
+    await box.start()
+    node.relay.answers["Metrics"] = metering = Metering(vmm, pack)
+    used = await box.engine.usage(box.id)
+    assert used == metering.said[-1]
+    assert used.pids == 1
+    assert used.memory_bytes > 32 * MIB
+    assert used.cpu_usage_usec > 0
+
+
+async def test_usage_is_our_cgroups_where_that_holds_the_containers(
+    node: Node, make: Make, vmm: Cgroups
+) -> None:
+    box = make(container("sleep 1000"))
+    await box.start()
+    node.relay.answers["Metrics"] = metering = Metering(vmm, as_cgroup1)
+    used = await box.engine.usage(box.id)
+    assert used is not None
+    assert (used.pids, used.foreign) == (1, None)
+    assert used.memory_bytes < 32 * MIB
+    assert metering.said == []
+
+
+async def test_usage_is_our_cgroups_where_the_sandboxer_has_no_metrics(node: Node, make: Make) -> None:
+    box = make()
+    await box.start()
+    node.relay.answers["Metrics"] = refuse
+    assert await box.engine.usage(box.id) == UsageSample(0, 0, 0)
+
+
+async def test_a_shim_passes_on_what_it_cannot_read(node: Node, vmm: Cgroups) -> None:
+    chosen = json.loads((node.folder / "engine").read_text())["containerd"]
+    settings = {
+        "CONTAINERD__SOCKET": chosen["socket"],
+        "CONTAINERD__NAMESPACE": "above",
+        "CONTAINERD__SANDBOXERS": json.dumps(chosen["sandboxers"]),
+        "OCI__RUNTIMES": '["runc"]',
+        "USAGE_INTERVAL": "0.1",
+    }
+    shim = ShimHost(node.below.folder / "above", "containerd", settings)
+    shim.launch()
+    try:
+        await shim.ready()
+        async with open_channel(f"unix:{shim.socket}") as channel:
+            await metrics_of_a_life(node.relay, vmm, channel)
+        await until(shim.leftovers, lambda left: not left, SECONDS)
+    finally:
+        node.relay.answers.clear()
+        shim.stop()
+
+
+async def metrics_of_a_life(relay: Relay, vmm: Cgroups, channel: grpc.aio.Channel) -> None:
+    """A sandbox without containers, through a shim's own Controller: as a Usage, and as it came."""
+    stub: Any = controller_pb2_grpc.ControllerStub(channel)
+    sandbox_id = f"{uuid.uuid4()}-1"
+    owner = pb.Owner(namespace="default", name="box", uid=sandbox_id[:-2], instance=1)
+    options = any_pb2.Any()
+    options.Pack(pb.SandboxConfig(runtime=RUNTIME, owner=owner))
+
+    async def call(method: str, **fields: Any) -> Any:
+        request = getattr(controller_pb2, f"Controller{method}Request")(sandbox_id=sandbox_id, **fields)
+        return await getattr(stub, method)(request, timeout=SECONDS)
+
+    async def recorded() -> pb.Usage:
+        (record,) = (await node_pb2_grpc.NodeStub(channel).List(pb.ListRequest())).sandboxes
+        return record.usage
+
+    await call("Create", options=options)
+    await call("Start")
+    relay.answers["Metrics"] = metering = Metering(vmm, as_cgroup2)
+    metrics = (await call("Metrics")).metrics
+    used = pb.Usage()
+    assert metrics.id == sandbox_id
+    assert metrics.data.Unpack(used)
+    assert used.memory_bytes in {each.memory_bytes for each in metering.said}
+    assert (await until(recorded, lambda found: found.pids == 1, SECONDS)).memory_bytes > 32 * MIB
+    relay.answers["Metrics"] = Metering(vmm, as_its_own)
+    metrics = (await call("Metrics")).metrics
+    assert (metrics.id, metrics.data.type_url) == (sandbox_id, "vmm.example/vmm.v1.Metrics")
+    assert metrics.data.value == b"1 vcpus"
+    relay.answers["Metrics"] = refuse
+    assert (await call("Metrics")).metrics.data.Unpack(used)
+    assert used.memory_bytes == 0
+    await call("Shutdown")

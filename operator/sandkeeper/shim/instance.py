@@ -31,7 +31,7 @@ from sandkeeper.shim.settings import ShimSettings
 from sandkeeper.shim.tasks import Tasks
 from sandkeeper.shim.taskservice import TaskServices
 from sandkeeper.shim.watch import Journal
-from sandkeeper.wire import node_pb2
+from sandkeeper.wire import node_pb2, types_pb2
 from sandkeeper.wire.times import to_timestamp
 
 log = logging.getLogger(__name__)
@@ -364,19 +364,25 @@ class Instance:
             raise WrongState(f"container {container.name!r} does not run")
         return container
 
-    async def usage(self) -> node_pb2.Usage:
-        """A fresh sample, taken into the record too. Raises WrongState where nothing runs."""
+    async def metrics(self) -> types_pb2.Metric:
+        """A fresh sample: a Usage, taken into the record too; or as a sandboxer says it, in a type of its own, where
+        nobody else knows. Raises WrongState where nothing runs."""
         found = await self._engine.usage(self.sandbox_id) if self.live else None
         if found is None or not self.live:
             raise WrongState(f"sandbox {self.sandbox_id!r} does not run")
+        metric = types_pb2.Metric(id=self.sandbox_id, timestamp=to_timestamp(datetime.now(UTC)))
+        if found.foreign is not None:
+            metric.data.CopyFrom(found.foreign)
+            return metric
         sample = node_pb2.Usage(
             cpu_usage_usec=found.cpu_usage_usec,
             memory_bytes=found.memory_bytes,
             pids=found.pids,
-            sampled_at=to_timestamp(datetime.now(UTC)),
+            sampled_at=metric.timestamp,
         )
         self._kept.tell(lambda record: record.usage.CopyFrom(sample))
-        return sample
+        metric.data.Pack(sample)
+        return metric
 
     # After a restart of the shim
 

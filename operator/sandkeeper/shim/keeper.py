@@ -181,7 +181,7 @@ class Keeper:
         for instance in self.all():
             if instance.live:
                 with contextlib.suppress(WrongState):  # it has just ended
-                    await instance.usage()
+                    await instance.metrics()
             await asyncio.sleep(0)
 
     async def _collect(self) -> None:

@@ -161,9 +161,8 @@ class Controller(controller_pb2_grpc.ControllerServicer):
     async def Metrics(
         self, request: controller_pb2.ControllerMetricsRequest, context: Context
     ) -> controller_pb2.ControllerMetricsResponse:
-        usage = await self._of(request, context).usage()
-        metric = types_pb2.Metric(id=request.sandbox_id, timestamp=usage.sampled_at)
-        metric.data.Pack(usage)
+        metric = await self._of(request, context).metrics()
+        metric.id = request.sandbox_id
         return controller_pb2.ControllerMetricsResponse(metrics=metric)
 
     async def Update(

@@ -205,7 +205,8 @@ class ShimClient:
         )
         usage = node_pb2.Usage()
         if not _unpacked(response.metrics.data, usage):
-            raise Internal("Metrics came without a sandkeeper.shim.v1.Usage in `data`")
+            came = response.metrics.data.type_url
+            raise Internal(f"Metrics came with {came!r} in `data`, not a sandkeeper.shim.v1.Usage")
         return usage
 
     # sandkeeper.shim.v1.Node

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import ClassVar, Literal
 
+from google.protobuf import any_pb2
+
 from sandkeeper.wire import node_pb2
 
 SANDBOX_PROCESS = ""
@@ -75,9 +77,12 @@ class ProcessState:
 
 @dataclass(frozen=True, slots=True)
 class UsageSample:
+    """foreign: what is said of it in a type that cannot be read here; all else means nothing then."""
+
     cpu_usage_usec: int
     memory_bytes: int
     pids: int
+    foreign: any_pb2.Any | None = None
 
 
 Progress = Callable[[str, str, str], None]
@@ -171,7 +176,7 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     async def usage(self, sandbox_id: str) -> UsageSample | None:
-        """The whole sandbox's use, from its cgroup; None where nothing runs."""
+        """The whole sandbox's use, from its cgroup or from whoever else runs it; None where nothing runs."""
 
     @abc.abstractmethod
     async def exec(

@@ -7,11 +7,18 @@ import contextlib
 import logging
 import os
 from collections.abc import Coroutine, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sandkeeper.shim.engines.base import SANDBOX_PROCESS, ExecSession, ProcessExit, ProcessState
-from sandkeeper.shim.engines.containerd import sandboxed, server, sessions, tasks
+from sandkeeper.shim.engines.base import (
+    SANDBOX_PROCESS,
+    ExecSession,
+    ProcessExit,
+    ProcessState,
+    UsageSample,
+)
+from sandkeeper.shim.engines.containerd import sandboxed, server, sessions, tasks, usage
 from sandkeeper.shim.engines.containerd.client import CallError, Client
 from sandkeeper.shim.engines.containerd.containers import TaskContainers, shim_address
 from sandkeeper.shim.engines.containerd.events import Events, first
@@ -162,6 +169,18 @@ class ContainerdEngine(OCIEngine):
                 if await self._threads.run(lambda: self._sandboxes.is_over(target, sandbox_id)):
                     return
             await first(woken.wait(), ask())
+
+    async def usage(self, sandbox_id: str) -> UsageSample | None:
+        """Of a sandboxer's sandbox, what that says, unless its containers are processes of our cgroup: that counts
+        their CPU time from the first moment on, and for good."""
+        ours = await super().usage(sandbox_id)
+        target = self._target(self._tasks.folder(sandbox_id))
+        if ours is None or ours.cpu_usage_usec or target is None:
+            return ours
+        said = await self._threads.run(lambda: self._sandboxes.metrics(target, sandbox_id))
+        if said is None:
+            return ours
+        return usage.read(said) or replace(ours, foreign=said)
 
     async def _kept_exit(self, folder: SandboxFolder, process: ProcessRef) -> ProcessExit:
         """Waits for containerd where only that can tell."""

@@ -27,6 +27,7 @@ PROBE = "sandkeeper.dev/probe"
 _ENDED = ("SANDBOX_NOTREADY", "STOPPED")
 _STOP_SECONDS = 10
 _WAIT_SECONDS = 30.0
+_METRICS_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,17 @@ class Sandboxes:
         be loaded: that says nothing. Raises CallError."""
         found = self._status(self._client, target, tasks.name_of(sandbox_id))
         return found is not None and found.state in _ENDED
+
+    def metrics(self, target: Target, sandbox_id: str) -> any_pb2.Any | None:
+        """What the sandboxer says of its use; None where it says nothing, or cannot be asked."""
+        request = controller_pb2.ControllerMetricsRequest(
+            sandbox_id=tasks.name_of(sandbox_id), sandboxer=target.sandboxer
+        )
+        try:
+            found = self._client.call(self._client.controller.Metrics, request, seconds=_METRICS_SECONDS)
+        except CallError:
+            return None
+        return found.metrics.data if found.metrics.data.type_url else None
 
     def stop(self, target: Target, sandbox_id: str, *, at_once: bool) -> bool:
         """Ends one; False where it is not known. Raises CallError."""
