@@ -251,7 +251,10 @@ class LocalCluster:
             _must_be_ours(Path(plan.run_root))
         for folder in (node / "state", self.run_folder(index)):
             folder.mkdir(parents=True, exist_ok=True)
-        self._spawn(name, "shim", "SANDKEEPER_SHIM_", {**env, **plan.shim_env, **(more or {})}, under)
+        settings = {**env, **plan.shim_env, **(more or {})}
+        if settings.get("CERTIFICATE") == "request":
+            settings = _without_files(settings)
+        self._spawn(name, "shim", "SANDKEEPER_SHIM_", settings, under)
 
     def _wait_shim(self, index: int) -> None:
         name, deadline = self.nodes[index], time.monotonic() + READY_TIMEOUT
@@ -298,6 +301,8 @@ class LocalCluster:
                 **plan.operator_env,
                 **(env or {}),
             }
+            if settings.get("CA_SECRET"):
+                settings = _without_files(settings)
             self._spawn(OPERATOR, "operator", "SANDKEEPER_OPERATOR_", settings, under)
         deadline = time.monotonic() + READY_TIMEOUT
         while ready and not self._operator_ready():
@@ -390,6 +395,11 @@ def memory(mounts: str, places: Sequence[Path] = _MEMORY) -> Path | None:
     return next(
         (each for each in places if kinds.get(str(each)) == "tmpfs" and os.access(each, os.W_OK)), None
     )
+
+
+def _without_files(settings: Mapping[str, str]) -> dict[str, str]:
+    """For whoever gets certificates by the cluster's means."""
+    return {name: value for name, value in settings.items() if name not in ("TLS_CA", "TLS_CERT", "TLS_KEY")}
 
 
 def _must_be_ours(folder: Path) -> None:

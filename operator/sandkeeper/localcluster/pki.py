@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from sandkeeper.wire.certificates import CLIENT, SERVER, Issuer, cert_pem, key_pem, new_key
 from sandkeeper.wire.tls import TLSFiles
 
+CA_LIFE = timedelta(days=3653)
 LIFE = timedelta(days=365)
 
 
@@ -31,7 +32,7 @@ class CA:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         ca = cls(folder)
         if not (ca.cert.exists() and ca.key.exists()):
-            made = Issuer.make(name, LIFE)
+            made = Issuer.make(name, CA_LIFE)
             _write(ca.key, key_pem(made.key))
             _write(ca.cert, cert_pem(made.certificate))
         return ca

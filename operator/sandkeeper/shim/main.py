@@ -54,9 +54,30 @@ async def run(settings: ShimSettings) -> None:
         await server.start()
         where = [f"unix:{settings.socket_path}", *([settings.listen] if settings.listen else [])]
         log.info("serving", extra={"node": settings.node_name, "engine": settings.engine, "on": where})
-        await asked_to_stop.wait()
+        await _until(asked_to_stop, settings, server)
     finally:
         await server.stop()
+
+
+async def _until(asked_to_stop: asyncio.Event, settings: ShimSettings, server: ShimServer) -> None:
+    """Raises what the shim's part in its cluster ends with: it never should."""
+    if settings.certificate == "files" and not settings.register_node:
+        await asked_to_stop.wait()
+        return
+    from sandkeeper.shim import membership  # needs libraries that no other shim does
+
+    tasks = {
+        asyncio.create_task(asked_to_stop.wait()),
+        asyncio.create_task(membership.run(settings, server.listen)),
+    }
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def main(settings: ShimSettings) -> None:

@@ -116,13 +116,32 @@ class ShimServer:
         self.settings = settings
         self.keeper = Keeper(settings, engine, records)
         self._finish = Finisher()
-        self._server: grpc.aio.Server | None = None
+        self._servers: list[grpc.aio.Server] = []
         self._health: Any = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
         self.port = 0
 
     async def start(self) -> None:
         """Raises EngineError, OSError, RuntimeError (an address in use)."""
         await self.keeper.open()
+        server = self._make()
+        self._listen_locally(server)
+        if self.settings.certificate == "files":
+            self._listen(server)
+        await self._serve(server)
+        await self._tell(health_pb2.HealthCheckResponse.SERVING)
+
+    async def listen(self) -> int:
+        """Opens the TCP port, where that had to wait for a certificate; returns its number.
+
+        gRPC takes no port for a server that has started: this is a second one. Raises OSError, RuntimeError.
+        """
+        if self.settings.certificate == "request":
+            server = self._make()
+            self._listen(server)
+            await self._serve(server)
+        return self.port
+
+    def _make(self) -> grpc.aio.Server:
         guard = Guard(frozenset(self.settings.allowed_clients))
         server = grpc.aio.server(interceptors=[guard], options=_OPTIONS)
         controller_pb2_grpc.add_ControllerServicer_to_server(Controller(self.keeper, self._finish), server)
@@ -131,12 +150,13 @@ class ShimServer:
         reflection.enable_server_reflection(
             (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
-        self._listen(server)
-        await server.start()
-        self._server = server
-        await self._tell(health_pb2.HealthCheckResponse.SERVING)
+        return server
 
-    def _listen(self, server: grpc.aio.Server) -> None:
+    async def _serve(self, server: grpc.aio.Server) -> None:
+        await server.start()
+        self._servers.append(server)
+
+    def _listen_locally(self, server: grpc.aio.Server) -> None:
         path = self.settings.socket_path
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # The socket must never be there with a wider mode, not even for a moment.
@@ -146,6 +166,8 @@ class ShimServer:
         finally:
             os.umask(before)
         path.chmod(0o600)
+
+    def _listen(self, server: grpc.aio.Server) -> None:
         tls = self.settings.server_tls
         if self.settings.listen and tls is not None:
             self.port = server.add_secure_port(self.settings.listen, tls.credentials())
@@ -154,9 +176,8 @@ class ShimServer:
         """Answers what is under way within `stop_grace` seconds, then lets go."""
         await self._tell(health_pb2.HealthCheckResponse.NOT_SERVING)
         self.keeper.journal.close()
-        if self._server is not None:
-            await self._server.stop(self.settings.stop_grace)
-            self._server = None
+        await asyncio.gather(*(server.stop(self.settings.stop_grace) for server in self._servers))
+        self._servers.clear()
         await self._finish.drain(self.settings.stop_grace)
         await self.keeper.close()
 

@@ -20,6 +20,7 @@ from sandkeeper.wire.ids import valid_node_name
 from sandkeeper.wire.tls import OPERATOR_IDENTITY, ServerTLS, TLSFiles
 
 ENV_PREFIX = "SANDKEEPER_SHIM_"
+_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 MIB = 1024 * 1024
 
 
@@ -139,6 +140,23 @@ class SandboxerSettings(BaseModel):
     )
 
 
+class KubernetesSettings(BaseModel):
+    """The API server, for a shim that asks it for its certificate or registers its node. A Pod needs none of these."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    server: str = Field(
+        "", pattern=r"^(https://.+)?$", description="https://host:port; empty: what a Pod's environment says."
+    )
+    token_file: Path = Field(_ACCOUNT / "token", description="Token of its ServiceAccount.")
+    ca_file: Path = Field(_ACCOUNT / "ca.crt", description="CA of the API server (PEM).")
+    ca_config_map: str = Field(
+        "sandkeeper-node/sandkeeper-ca",
+        pattern=r"^[^/]+/[^/]+$",
+        description="NAMESPACE/NAME of the ConfigMap in which the operator publishes its CA.",
+    )
+
+
 class ShimSettings(BaseSettings):
     """What a shim is told at its start. Durations are seconds.
 
@@ -164,6 +182,16 @@ class ShimSettings(BaseSettings):
     tls_ca: Path | None = Field(None, description="CA of the clients' certificates (PEM).")
     tls_cert: Path | None = Field(None, description="This shim's certificate; its name is the node's (PEM).")
     tls_key: Path | None = Field(None, description="The key of tls_cert (PEM).")
+    certificate: Literal["files", "request"] = Field(
+        "files",
+        description="Where its certificate comes from: tls_ca, tls_cert and tls_key, or a CertificateSigningRequest"
+        " that the operator signs; then it is kept in state_dir and renewed.",
+    )
+    register_node: bool = Field(False, description="Whether to write this node's own SandboxNode.")
+    advertise_host: str = Field(
+        "", max_length=253, description="Name or address of this node for the operator, with register_node."
+    )
+    kubernetes: KubernetesSettings = KubernetesSettings()
     allowed_clients: Annotated[tuple[str, ...], NoDecode] = Field(
         (OPERATOR_IDENTITY,), description="Names in client certificates that may call, comma-separated."
     )
@@ -220,7 +248,11 @@ class ShimSettings(BaseSettings):
     @model_validator(mode="after")
     def _tcp_needs_tls(self) -> Self:
         given = [self.tls_ca, self.tls_cert, self.tls_key]
-        if self.listen and not all(given):
+        if self.certificate == "request" and (any(given) or not self.listen):
+            raise ValueError("certificate: a requested one needs listen, and no tls_ca, tls_cert and tls_key")
+        if self.register_node and not (self.listen and self.advertise_host):
+            raise ValueError("register_node needs listen and advertise_host")
+        if self.listen and self.certificate == "files" and not all(given):
             raise ValueError(
                 "listen: TCP needs mutual TLS: set tls_ca, tls_cert and tls_key, or leave listen empty"
             )
@@ -246,7 +278,15 @@ class ShimSettings(BaseSettings):
         return self.socket or self.run_dir / "shim.sock"
 
     @property
+    def requested_files(self) -> TLSFiles:
+        """Where a requested certificate is kept: it and its key are one file."""
+        folder = self.state_dir / "certificate"
+        return TLSFiles(ca=folder / "ca.crt", cert=folder / "shim.pem", key=folder / "shim.pem")
+
+    @property
     def server_tls(self) -> ServerTLS | None:
+        if self.certificate == "request":
+            return ServerTLS(self.requested_files)
         if not (self.tls_ca and self.tls_cert and self.tls_key):
             return None
         return ServerTLS(TLSFiles(ca=self.tls_ca, cert=self.tls_cert, key=self.tls_key))
