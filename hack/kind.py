@@ -48,8 +48,8 @@ def up(kind: Path) -> None:
 
 
 def make_cluster(kind: Path) -> bool:
-    """Whether it was made now, and not there already. The nodes' certificates come first: kind mounts them."""
-    run(sys.executable, "-m", "sandkeeper.cli.main", "certificates", str(FOLDER), *workers())
+    """Whether it was made now, and not there already."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
     there = name() in run(str(kind), "get", "clusters", show=False).split()
     if there:
         run(str(kind), "export", "kubeconfig", "--name", name(), "--kubeconfig", str(KUBECONFIG))
@@ -66,18 +66,14 @@ def install(
 ) -> None:
     """As docs/install.md says. again: new Pods even where the manifests are the same, for the image is not."""
     say(cluster("apply", "--server-side", "-k", str(overlay)))
-    secret = ("create", "secret", "generic", "sandkeeper-operator-tls", f"--from-file={FOLDER / 'operator'}")
-    wanted = cluster("-n", SYSTEM, *secret, "--dry-run=client", "-o", "yaml")
-    cluster("apply", "--server-side", "--force-conflicts", "-f", "-", input=wanted)
-    pods = ((NODES, "daemonset/sandkeeper-shim"), (SYSTEM, "deployment/sandkeeper-operator"))
+    pods = ((SYSTEM, "deployment/sandkeeper-operator"), (NODES, "daemonset/sandkeeper-shim"))
     for namespace, each in pods:
         if again:
             cluster("-n", namespace, "rollout", "restart", each)
         say(cluster("-n", namespace, "rollout", "status", each, WAIT))
-    # No shim is on the control plane: it is tainted.
-    template = f"go-template-file={MANIFESTS / 'sandboxnodes.gotemplate'}"
-    found = cluster("get", "nodes", "-l", "!node-role.kubernetes.io/control-plane", "-o", template)
-    cluster("apply", "-f", "-", input=found)
+    # No shim is on the control plane: it is tainted. The others write their SandboxNodes themselves.
+    for node in cluster("get", "nodes", "-l", "!node-role.kubernetes.io/control-plane", "-o", "name").split():
+        cluster("wait", f"sandbox{node}", "--for=create", WAIT)
     say(cluster("wait", "sandboxnodes", "--all", "--for=condition=Ready", WAIT))
 
 
@@ -95,21 +91,13 @@ def test(arguments: list[str]) -> int:
 
 
 def down(kind: Path) -> None:
-    """Nothing of it is left, its certificates included. Repeatable."""
+    """Nothing of it is left. Repeatable."""
     run(str(kind), "delete", "cluster", "--name", name(), "--kubeconfig", str(KUBECONFIG))
     shutil.rmtree(FOLDER, ignore_errors=True)
 
 
 def name() -> str:
     return str(yaml.safe_load(CONFIG.read_text())["name"])
-
-
-def workers() -> list[str]:
-    """Their names, as kind gives them; they are the names of the folders with their certificates."""
-    mounts = [
-        mount for node in yaml.safe_load(CONFIG.read_text())["nodes"] for mount in node.get("extraMounts", [])
-    ]
-    return [Path(mount["hostPath"]).name for mount in mounts]
 
 
 def kubectl() -> Kubectl:

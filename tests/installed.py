@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import shutil
@@ -14,8 +15,10 @@ from typing import Any
 import yaml
 from tests.cluster import eventually
 
+from sandkeeper.localcluster import pki
 from sandkeeper.localcluster.apiserver import Kubectl
-from sandkeeper.localcluster.cluster import OPERATOR, LocalCluster
+from sandkeeper.localcluster.cluster import OPERATOR, Engine, LocalCluster
+from sandkeeper.wire.tls import OPERATOR_IDENTITY
 
 Object = dict[str, Any]
 Right = tuple[str, str, str]
@@ -24,12 +27,16 @@ Right = tuple[str, str, str]
 MANIFESTS = Path(__file__).parents[1] / "manifests"
 SYSTEM, NODE = "sandkeeper-system", "sandkeeper-node"
 OPERATOR_ACCOUNT, SHIM_ACCOUNT = "sandkeeper-operator", "sandkeeper-shim"
+CA = "sandkeeper-ca"
 _AUDIT = {
     "apiVersion": "audit.k8s.io/v1",
     "kind": "Policy",
     "omitStages": ["RequestReceived"],
     "rules": [
-        {"level": "Metadata", "userGroups": [f"system:serviceaccounts:{SYSTEM}"]},
+        {
+            "level": "Metadata",
+            "userGroups": [f"system:serviceaccounts:{SYSTEM}", f"system:serviceaccounts:{NODE}"],
+        },
         {"level": "None"},
     ],
 }
@@ -37,7 +44,7 @@ _AUDIT = {
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """`local` has one node with real containers and no operator; `manifests/` is applied."""
+    """`local` has one node and no operator; `manifests/` is applied, and certificates come as there."""
 
     local: LocalCluster
     audit: Path
@@ -65,10 +72,63 @@ class Installed:
 
     def start_operator(self, **env: str) -> None:
         """With the rights of its ServiceAccount alone; looks for garbage all the time."""
-        account = self.as_bearer(self.token(SYSTEM, OPERATOR_ACCOUNT), "operator")
-        settings = {"KUBECONFIG": str(account.kubeconfig), "GARBAGE_INTERVAL": "0.5", "GARBAGE_MIN_AGE": "0"}
-        self.local.start_operator(env={**settings, **env})
+        self.local.start_operator(env={**self.operator_settings(), **env})
         self.kubectl("wait", "sandboxnodes", "--all", "--for=condition=Ready", "--timeout=60s")
+
+    def operator_settings(self) -> dict[str, str]:
+        account = self.as_bearer(self.token(SYSTEM, OPERATOR_ACCOUNT), "operator")
+        return {
+            "KUBECONFIG": str(account.kubeconfig),
+            "GARBAGE_INTERVAL": "0.5",
+            "GARBAGE_MIN_AGE": "0",
+            "CA_SECRET": f"{SYSTEM}/{CA}",
+        }
+
+    def shim_token(self, node: str) -> str:
+        """The token that the shim's Pod on a node has."""
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": f"shim-{node}", "namespace": NODE},
+            "spec": {
+                "nodeName": node,
+                "serviceAccountName": SHIM_ACCOUNT,
+                "containers": [{"name": "shim", "image": "sandkeeper"}],
+            },
+        }
+        self.kubectl("apply", "--server-side", "-f", "-", input=json.dumps(pod))
+        return self.token(NODE, SHIM_ACCOUNT, "--bound-object-kind=Pod", f"--bound-object-name=shim-{node}")
+
+    def shim_settings(self, node: str = "node-1", *, register: bool = False) -> dict[str, str]:
+        """As the DaemonSet has them, for a shim that is a process here with the rights of that account alone."""
+        server = yaml.safe_load(self.local.kubeconfig.read_text())["clusters"][0]["cluster"]["server"]
+        token = self.local.folder / f"shim-{node}.token"
+        token.touch(mode=0o600)
+        token.write_text(self.shim_token(node))
+        return {
+            "CERTIFICATE": "request",
+            "REGISTER_NODE": json.dumps(register),
+            "ADVERTISE_HOST": "127.0.0.1",
+            "KUBERNETES__SERVER": server,
+            "KUBERNETES__TOKEN_FILE": str(token),
+            "KUBERNETES__CA_FILE": str(self.local.folder / "pki" / "kubernetes" / "ca.crt"),
+        }
+
+    def restart_shim(self, *, register: bool = False, **env: str) -> None:
+        """Waits until it serves: somebody must sign, unless it has its certificate already."""
+        self.local.processes.stop("node-1")
+        self.local.start_shim(0, env={**self.shim_settings(register=register), **env})
+
+    def take_ca(self) -> None:
+        """The step of docs/install.md by which an administrator gets the CA, and makes certificates with it."""
+        eventually(lambda: self.kubectl("-n", SYSTEM, "get", "secret", CA, check=False), timeout=60)
+        data = json.loads(self.kubectl("-n", SYSTEM, "get", "secret", CA, "-o", "json"))["data"]
+        folder = self.local.folder / "pki" / "sandkeeper"
+        for each in folder.iterdir():
+            each.unlink()
+        for file, key in (("ca.crt", "tls.crt"), ("ca.key", "tls.key")):
+            (folder / file).write_bytes(base64.b64decode(data[key]))
+        pki.CA(folder).client(OPERATOR_IDENTITY, hosts=(OPERATOR_IDENTITY,), file="tls")
 
     def until_operator_may_list(self, namespace: str, *, may: bool) -> None:
         """Rights act a moment after they were given or taken."""
@@ -79,22 +139,24 @@ class Installed:
     def stop_operator(self) -> None:
         self.local.processes.stop(OPERATOR)
 
-    def requests(self) -> list[Object]:
-        """What the operator asked of the API server, as that has it in its audit log."""
-        user = f"system:serviceaccount:{SYSTEM}:{OPERATOR_ACCOUNT}"
+    def requests(self, account: str = OPERATOR_ACCOUNT) -> list[Object]:
+        """What the operator (or the shims' account) asked of the API server, as that has it in its audit log."""
+        user = f"system:serviceaccount:{SYSTEM if account == OPERATOR_ACCOUNT else NODE}:{account}"
         whole, _, _ = self.audit.read_text().rpartition("\n")  # a line may be in the making
         events = [json.loads(line) for line in whole.splitlines()]
         return [each for each in events if each["user"]["username"] == user]
 
-    def used(self) -> set[Right]:
+    def used(self, account: str = OPERATOR_ACCOUNT) -> set[Right]:
         """The rights that those requests needed."""
-        return {right(each["objectRef"], each["verb"]) for each in self.requests() if "objectRef" in each}
+        return {
+            right(each["objectRef"], each["verb"]) for each in self.requests(account) if "objectRef" in each
+        }
 
-    def refused(self) -> list[str]:
+    def refused(self, account: str = OPERATOR_ACCOUNT) -> list[str]:
         """Of those requests the ones that the API server forbade."""
         return [
             f"{each['verb']} {each['requestURI']}"
-            for each in self.requests()
+            for each in self.requests(account)
             if each.get("responseStatus", {}).get("code") in (401, 403)
         ]
 
@@ -133,16 +195,24 @@ def built(kubectl: Kubectl, folder: Path) -> list[Object]:
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[Installed]:
-    """Manifests applied, one shim, no operator; nothing left of it."""
+def installed(engine: Engine = "oci") -> Iterator[Installed]:
+    """Manifests applied, one shim that has its certificate, no operator; nothing left of it."""
     folder = Path(tempfile.mkdtemp(prefix="sbx-"))  # short: sockets lie below
     local, audit = LocalCluster(folder), folder / "audit.log"
     (folder / "audit.yaml").write_text(yaml.safe_dump(_AUDIT))
     local.api.flags = (f"--audit-policy-file={folder / 'audit.yaml'}", f"--audit-log-path={audit}")
     try:
-        local.up(tied=True, shims=1, engine="oci", operator=False)
+        local.up(tied=True, shims=1, engine=engine, operator=False)
         found = Installed(local, audit)
         found.apply()
+        local.start_operator(env=found.operator_settings())
+        found.take_ca()
+        found.kubectl("delete", "sandboxnode", "node-1")
+        found.restart_shim(register=True)
+        eventually(lambda: found.kubectl("get", "sandboxnode", "node-1", check=False), timeout=60)
+        # From now on its SandboxNode is what the tests make of it.
+        found.restart_shim()
+        found.stop_operator()
         yield found
     finally:
         local.down()

@@ -1,4 +1,4 @@
-"""Sandkeeper on a node as a user installs it: the image, certificates, `kubectl apply -k manifests/`."""
+"""Sandkeeper on a node as a user installs it: the image, `kubectl apply -k manifests/`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,14 @@ from typing import Any
 from tests.cluster import eventually
 from tests.images import busybox_image, write_layout
 
-from sandkeeper.localcluster import pki
 from sandkeeper.localcluster.apiserver import Kubectl
 from sandkeeper.localcluster.cluster import OFFLINE_IMAGE
-from sandkeeper.localcluster.onenode import ADDRESS, NODE, OneNode
-from sandkeeper.wire.tls import OPERATOR_IDENTITY
+from sandkeeper.localcluster.onenode import NODE, OneNode
 
 ROOT = Path(__file__).parents[2]
 SYSTEM, NODES = "sandkeeper-system", "sandkeeper-node"
 IMAGE = "SANDKEEPER_TEST_IMAGE"
 _LAYOUTS = "/var/lib/sandkeeper/layouts"
-_PKI = "/etc/sandkeeper/pki"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,38 +86,21 @@ def image_archive(folder: Path) -> Path:
 
 
 def install(node: OneNode, archive: Path, manifests: Path = ROOT / "manifests") -> Installation:
-    """All of it, Ready. The certificates are made here: there is nothing that signs a node's request yet."""
+    """All of it, Ready, by one apply: certificates and SandboxNodes make themselves."""
     made = Installation(node)
     kubectl = node.kubectl
     node.import_archive(archive)
     write_layout(node.outside(_LAYOUTS), {OFFLINE_IMAGE: busybox_image()})  # there is no registry
-    ca = pki.CA.create(node.folder / "pki" / "sandkeeper", "sandkeeper test nodes")
-    operator, shim = (
-        ca.client(OPERATOR_IDENTITY, hosts=(OPERATOR_IDENTITY,)),
-        ca.server(NODE, (NODE, ADDRESS)),
-    )
-    node.run_within("mkdir", "-p", _PKI)
-    for source, name in ((ca.cert, "ca.crt"), (shim.cert, "node.crt"), (shim.key, "node.key")):
-        node.run_within("cp", str(source), f"{_PKI}/{name}")
     kubectl("apply", "--server-side", "-k", str(manifests))
-    files = {"ca.crt": ca.cert, "tls.crt": operator.cert, "tls.key": operator.key}
-    flags = [f"--from-file={name}={path}" for name, path in files.items()]
-    kubectl("-n", SYSTEM, "create", "secret", "generic", "sandkeeper-operator-tls", *flags)
     settings = [
         f"SANDKEEPER_SHIM_OCI__IMAGE_LAYOUTS={json.dumps([_LAYOUTS])}",
         f"SANDKEEPER_SHIM_OCI__CGROUP_PARENT={node.sandboxes_cgroup}",
     ]
     kubectl("-n", NODES, "set", "env", "daemonset/sandkeeper-shim", *settings)
-    body = {
-        "apiVersion": "sandkeeper.dev/v1alpha1",
-        "kind": "SandboxNode",
-        "metadata": {"name": NODE, "labels": {"kubernetes.io/hostname": NODE}},
-        "spec": {"address": f"{ADDRESS}:7443", "serverName": NODE},
-    }
     try:
-        made.roll("daemonset")
-        kubectl("apply", "-f", "-", input=json.dumps(body))
         made.roll("deployment")
+        made.roll("daemonset")
+        kubectl("wait", f"sandboxnode/{NODE}", "--for=create", "--timeout=60s")
         kubectl("wait", "sandboxnodes", "--all", "--for=condition=Ready", "--timeout=120s")
     except Exception as error:
         raise AssertionError(f"{error}\n{made.why()}") from error

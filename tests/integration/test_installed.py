@@ -43,6 +43,8 @@ BARE = {"runAsNonRoot": True, "runAsUser": 65534, "capabilities": {"drop": ["ALL
 UNSEEN = {
     ("sandkeeper.dev", "sandboxes", "assign"),  # no request: the policy sandkeeper-assignment asks for it
     ("events.k8s.io", "events", "patch"),  # a series: half a minute after the first
+    ("certificates.k8s.io", "signers", "approve"),  # no requests: the API server asks for these two itself
+    ("certificates.k8s.io", "signers", "sign"),
 }
 
 
@@ -134,34 +136,6 @@ def test_components_join_a_kustomization_of_ones_own(cluster: Installed, tmp_pat
     assert images == {f"registry.example/sandkeeper@{digest}"}
     for each in found:
         assert each["metadata"]["labels"]["app.kubernetes.io/part-of"] == "sandkeeper"
-
-
-def test_every_node_gets_its_sandboxnode(cluster: Installed) -> None:
-    """The step of docs/install.md."""
-    admin = cluster.kubectl
-    addresses = {"worker-1": ["198.51.100.1"], "worker-2": ["198.51.100.2", "198.51.100.3"], "unheard": []}
-    for name, internal in addresses.items():
-        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": {"zone": "a"}}}
-        admin("create", "-f", "-", input=json.dumps(node))
-        found = [
-            {"type": "Hostname", "address": name},
-            *({"type": "InternalIP", "address": ip} for ip in internal),
-        ]
-        patch = json.dumps({"status": {"addresses": found}})
-        admin("patch", "node", name, "--subresource=status", "--type=merge", "-p", patch)
-    text = admin("get", "nodes", "-o", f"go-template-file={MANIFESTS / 'sandboxnodes.gotemplate'}")
-    admin("apply", "-f", "-", input=text)
-    try:
-        for name, internal in addresses.items():
-            made = admin("get", "sandboxnode", name, "-o", "json", "--ignore-not-found")
-            assert bool(made) == bool(internal)
-            if made:
-                assert json.loads(made)["spec"]["address"] == f"{internal[0]}:7443"
-                assert json.loads(made)["spec"]["serverName"] == name
-                assert json.loads(made)["metadata"]["labels"] == {"zone": "a"}
-    finally:
-        admin("delete", "sandboxnode", "worker-1", "worker-2", "--ignore-not-found")
-        admin("delete", "node", *addresses)
 
 
 def test_argo_cds_own_configuration_stays(cluster: Installed) -> None:
@@ -308,10 +282,11 @@ def test_an_operator_for_one_namespace_needs_rights_nowhere_else(cluster: Instal
         admin("-n", "usual", "delete", "sandbox", "other", "--ignore-not-found")
         cluster.apply()
     assert cluster.refused() == []
-    reached = {
-        each["objectRef"].get("namespace") for each in cluster.requests()[before:] if "objectRef" in each
-    }
-    assert reached == {None, "sandboxes"}
+    named = [each["objectRef"] for each in cluster.requests()[before:] if "objectRef" in each]
+    # Its own certificates are in its own namespaces.
+    others = [each for each in named if each["resource"] not in ("secrets", "configmaps")]
+    assert {each.get("namespace") for each in others} == {None, "sandboxes"}
+    assert {each.get("namespace") for each in named} == {None, "sandboxes", SYSTEM, NODE}
 
 
 # Attacks
@@ -420,19 +395,7 @@ def shims(cluster: Installed) -> dict[str, Kubectl]:
 
 
 def shim_of(cluster: Installed, node: str) -> Kubectl:
-    pod = {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"name": f"shim-{node}", "namespace": NODE},
-        "spec": {
-            "nodeName": node,
-            "serviceAccountName": SHIM_ACCOUNT,
-            "containers": [{"name": "shim", "image": "sandkeeper"}],
-        },
-    }
-    cluster.kubectl("apply", "--server-side", "-f", "-", input=json.dumps(pod))
-    bound = ("--bound-object-kind=Pod", f"--bound-object-name=shim-{node}")
-    return cluster.as_bearer(cluster.token(NODE, SHIM_ACCOUNT, *bound), f"shim-{node}")
+    return cluster.as_bearer(cluster.shim_token(node), f"shim-{node}")
 
 
 @pytest.mark.parametrize(
@@ -440,9 +403,16 @@ def shim_of(cluster: Installed, node: str) -> Kubectl:
     [
         "get sandboxes -A",
         "get sandboxnodes",
-        "patch sandboxnode node-1 --type=merge -p {}",
+        "delete sandboxnode node-1",
+        "patch sandboxnode node-1 --subresource=status --type=merge -p {}",
         "-n open patch sandbox idle --type=merge -p {}",
         "-n sandkeeper-system get secrets",
+        "-n sandkeeper-system get secret sandkeeper-ca",
+        "-n sandkeeper-node get configmap kube-root-ca.crt",
+        "-n sandkeeper-node patch configmap sandkeeper-ca --type=merge -p {}",
+        "get certificatesigningrequests",
+        "get nodes",
+        "delete node node-1",
         "get pods -A",
     ],
 )
@@ -462,7 +432,7 @@ def generous(cluster: Installed, shims: dict[str, Kubectl]) -> Installed:
     cluster.kubectl("create", "clusterrolebinding", "generous", "--clusterrole=generous", account)
     eventually(lambda: shims["node-1"].run("get", "sandboxnodes").returncode == 0, timeout=60)
     node_2 = {"apiVersion": "sandkeeper.dev/v1alpha1", "kind": "SandboxNode", "metadata": {"name": "node-2"}}
-    closed = {**node_2, "spec": {"address": "127.0.0.1:1", "unschedulable": True}}
+    closed = {**node_2, "spec": {"address": "127.0.0.1:1", "serverName": "node-2", "unschedulable": True}}
     cluster.kubectl("create", "-f", "-", input=json.dumps(closed))
     return cluster
 
@@ -491,6 +461,8 @@ def test_a_shim_may_write_its_own_node(shims: dict[str, Kubectl]) -> None:
         ),
         pytest.param("patch sandboxnode node-2 --type=merge -p %s", id="its own declared gone"),
         pytest.param("patch sandboxnode node-2 --type=merge -p %s", id="its own opened"),
+        pytest.param("patch sandboxnode node-2 --type=merge -p %s", id="another's certificate for its own"),
+        pytest.param("patch sandboxnode node-2 --type=merge -p %s", id="a label kept for administrators"),
         pytest.param("delete sandboxnode node-2", id="its own deleted"),
         pytest.param("-n open patch sandbox idle --type=merge -p %s", id="a Sandbox"),
         pytest.param(
@@ -509,6 +481,10 @@ def test_a_stolen_shim_is_held_by_the_policy(
         spec = {"spec": {"outOfService": True}}
     if "opened" in case:
         spec = {"spec": {"unschedulable": False}}
+    if "certificate" in case:
+        spec = {"spec": {"serverName": "node-1"}}
+    if "label" in case:
+        spec = {"metadata": {"labels": {"node-restriction.kubernetes.io/team": "a"}}}
     words = [json.dumps(spec) if word == "%s" else word for word in args.split()]
     forbidden(shims["node-2"], *words, by="sandkeeper-nodes")
 
@@ -532,6 +508,9 @@ def stolen(cluster: Installed) -> Kubectl:
         "get pods -A",
         "get nodes",
         "-n sandkeeper-system create configmap mine",
+        "-n sandkeeper-system patch secret sandkeeper-ca --type=merge -p {}",
+        "-n sandkeeper-system get secret other",
+        "-n sandkeeper-node create secret generic mine",
         "patch sandboxnode node-1 --type=merge -p {}",
         "-n open create -f -",
         "label namespace strict sandkeeper.dev/enforce=privileged --overwrite",
@@ -541,3 +520,16 @@ def stolen(cluster: Installed) -> Kubectl:
 )
 def test_a_stolen_operator_reaches_nothing_but_sandboxes(stolen: Kubectl, args: str) -> None:
     forbidden(stolen, *args.split(), body=manifest("bad") if args.endswith("-f -") else None)
+
+
+def test_a_stolen_operator_makes_no_secret_but_its_cas(stolen: Kubectl) -> None:
+    create = ("-n", SYSTEM, "create", "--dry-run=server")
+    forbidden(stolen, *create, "secret", "generic", "mine", by="sandkeeper-ca")
+    annotations = {"kubernetes.io/service-account.name": OPERATOR_ACCOUNT}
+    token = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "sandkeeper-ca", "annotations": annotations},
+        "type": "kubernetes.io/service-account-token",
+    }
+    forbidden(stolen, *create, "-f", "-", body=token, by="sandkeeper-ca")

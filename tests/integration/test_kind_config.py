@@ -36,7 +36,7 @@ def test_kind_takes_ours(program: Path) -> None:
 
 
 def misspelt(config: Object) -> None:
-    config["nodes"][1]["extraMount"] = config["nodes"][1].pop("extraMounts")
+    config["nodes"][1]["extraMount"] = []
 
 
 def no_such_role(config: Object) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.installed import granted
 
 from sandkeeper.control.settings import OperatorSettings
 from sandkeeper.localcluster.preflight import ENGINE
@@ -90,12 +91,27 @@ def test_tokens_are_mounted_only_where_they_are_used() -> None:
         for each in objects(kind)
         if each["spec"]["template"]["spec"]["automountServiceAccountToken"]
     ]
-    assert mounted == ["sandkeeper-operator"]
+    assert sorted(mounted) == ["sandkeeper-operator", "sandkeeper-shim"]
 
 
-def test_a_shim_has_no_rights() -> None:
-    bindings = objects("ClusterRoleBinding") + objects("RoleBinding")
-    assert {subject["name"] for each in bindings for subject in each["subjects"]} == {"sandkeeper-operator"}
+def test_a_shim_has_these_rights_and_no_other() -> None:
+    kinds = ("ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
+    assert granted([each for kind in kinds for each in objects(kind)], "sandkeeper-shim") == {
+        ("certificates.k8s.io", "certificatesigningrequests", "create"),
+        ("certificates.k8s.io", "certificatesigningrequests", "get"),
+        ("sandkeeper.dev", "sandboxnodes", "create"),
+        ("sandkeeper.dev", "sandboxnodes", "patch"),
+        ("", "nodes", "get"),
+        ("", "configmaps", "get"),
+    }
+
+
+def test_what_can_be_bound_to_a_name_is() -> None:
+    rules = [rule for kind in ("Role", "ClusterRole") for each in objects(kind) for rule in each["rules"]]
+    for resource in ("secrets", "configmaps", "signers"):
+        found = [rule for rule in rules if resource in rule["resources"] and rule["verbs"] != ["create"]]
+        assert found
+        assert all(rule["resourceNames"] in (["sandkeeper-ca"], ["sandkeeper.dev/shim"]) for rule in found)
 
 
 def test_settings_in_the_environment_exist() -> None:
@@ -132,12 +148,9 @@ def test_the_image_has_what_the_engine_runs_and_no_root() -> None:
     assert re.findall(r"^USER (.*)$", text, re.MULTILINE) == ["65532:65532"]
 
 
-def test_kind_has_two_workers_with_certificates_and_one_pinned_image() -> None:
+def test_kind_has_two_workers_and_one_pinned_image() -> None:
     config = yaml.safe_load((ROOT / "kind-config.yaml").read_text())
     assert [node["role"] for node in config["nodes"]] == ["control-plane", "worker", "worker"]
     images = {node["image"] for node in config["nodes"]}
     assert len(images) == 1
     assert re.fullmatch(r"kindest/node:v1\.\d+\.\d+@sha256:[0-9a-f]{64}", images.pop())
-    shim = next(each for each in objects("DaemonSet"))["spec"]["template"]["spec"]
-    pki = next(volume["hostPath"]["path"] for volume in shim["volumes"] if volume["name"] == "pki")
-    assert {mount["containerPath"] for node in config["nodes"][1:] for mount in node["extraMounts"]} == {pki}
