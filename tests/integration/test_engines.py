@@ -24,6 +24,7 @@ from sandkeeper.localcluster.containerd_sources import Source
 from sandkeeper.localcluster.ocilayout import busybox_image, write_layout
 from sandkeeper.shim.engines.base import SANDBOX_PROCESS, EngineError, ExecSession, ProcessExit
 from sandkeeper.shim.engines.oci import OCIEngine, spec
+from sandkeeper.shim.engines.oci.cgroups import MONITORS
 from sandkeeper.shim.main import make_engine
 from sandkeeper.shim.settings import OCISettings, ShimSettings
 from sandkeeper.wire import node_pb2 as pb
@@ -450,6 +451,20 @@ async def test_limits_are_set_in_the_cgroup(make: Make) -> None:
     # What the runtime ran in it to start them may still be there for a moment.
     used = await until(lambda: box.engine.usage(box.id), lambda used: used is not None and used.pids == 2)
     assert used.memory_bytes > 0
+
+
+async def test_what_outlives_the_shim_is_not_in_its_cgroups(make: Make, folder: Path) -> None:
+    box = make(container("sleep 1000"))
+    pids = await box.start()
+    pid = pids[SANDBOX_PROCESS]
+    monitors = f"/test-engine-{folder.name}/{MONITORS}"
+
+    def elsewhere() -> list[str]:
+        """Hierarchies in which it is not; v2 beside v1, too."""
+        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        return [line for line in lines if not line.endswith(f":{monitors}")]
+
+    assert await until(elsewhere, lambda found: not found, seconds=60.0) == []
 
 
 async def test_the_defences_are_on(make: Make) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from sandkeeper.shim.engines.base import EngineError, RuntimeInfo
-from sandkeeper.shim.engines.oci import exits, monitor, notes, processes, runtimes, sessions, tools
+from sandkeeper.shim.engines.oci import exits, files, monitor, notes, processes, runtimes, sessions, tools
 from sandkeeper.shim.engines.oci.cgroups import Cgroups
 from sandkeeper.shim.engines.oci.folders import AttemptFolder, SandboxFolder
 from sandkeeper.shim.engines.oci.notes import Started, read_started
@@ -86,7 +86,7 @@ def test_a_process_of_any_name_is_read(
     monkeypatch: pytest.MonkeyPatch, name: str, found: tuple[str, int]
 ) -> None:
     fields = ["S", *("0" for _ in range(18)), "42", "0"]
-    monkeypatch.setattr(Path, "read_text", lambda path: f"7 ({name}) {' '.join(fields)}\n")
+    monkeypatch.setattr(files, "read", lambda path: f"7 ({name}) {' '.join(fields)}\n".encode())
     assert processes._stat(7) == found
 
 

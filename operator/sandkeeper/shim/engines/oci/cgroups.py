@@ -15,10 +15,12 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from sandkeeper.shim.engines.base import EngineError, UsageSample
+from sandkeeper.shim.engines.oci import files
 
 # No identifier, so that no sandbox is called so.
 MONITORS = "_monitors"
@@ -101,9 +103,9 @@ class Cgroups:
                 return each.point
         return self.hierarchies[0].point
 
-    def _each(self, relative: str) -> list[Path]:
+    def _each(self, relative: str) -> list[str]:
         """Wherever there may be a cgroup of ours."""
-        return [each.point / relative.lstrip("/") for each in (*self.hierarchies, *self._beside)]
+        return [f"{each.point}/{relative.lstrip('/')}" for each in (*self.hierarchies, *self._beside)]
 
     @property
     def _monitors(self) -> list[Path]:
@@ -113,6 +115,12 @@ class Cgroups:
         """The cgroups that all sandboxes share. Raises EngineError where they cannot be made."""
         try:
             self._make(f"/{self.parent}")
+            if not self.v2:
+                # All that is made below, by us or by a runtime, begins with what its parent has.
+                inherits = self._of("cpuset") / self.parent / "cgroup.clone_children"
+                with contextlib.suppress(OSError):
+                    if files.read(inherits).strip() == b"0":
+                        files.write(inherits, b"1")
             self._make(f"/{self.parent}/{MONITORS}")
         except OSError as error:
             raise EngineError("NodeUnsupported", f"cgroup cannot be made: {error}") from None
@@ -145,14 +153,17 @@ class Cgroups:
     def _make(self, relative: str) -> None:
         for folder in self._each(relative):
             with contextlib.suppress(FileExistsError):
-                folder.mkdir(mode=0o755)
+                os.mkdir(folder, 0o755)  # noqa: PTH102 - on the hot path
             if self.v2:
-                self._delegate(folder.parent)
-        cpuset = self._of("cpuset") / relative.lstrip("/")
+                self._delegate(Path(folder).parent)
+        if self.v2:
+            return
+        cpuset = f"{self._of('cpuset')}/{relative.lstrip('/')}"
         for name in ("cpuset.cpus", "cpuset.mems"):
-            # v1: a new cpuset is empty, and an empty one takes no process.
-            if not self.v2 and (cpuset / name).exists() and not (cpuset / name).read_text().strip():
-                (cpuset / name).write_text((cpuset.parent / name).read_text())
+            # A new cpuset is empty unless its parent has clone_children, and an empty one takes no process.
+            with contextlib.suppress(FileNotFoundError):
+                if not files.read(f"{cpuset}/{name}").strip():
+                    files.write(f"{cpuset}/{name}", files.read(f"{cpuset}/../{name}"))
 
     @staticmethod
     def _delegate(folder: Path) -> None:
@@ -169,15 +180,21 @@ class Cgroups:
                     (folder / "tasks").write_text(str(threading.get_native_id()))
 
     def adopt(self, pid: int) -> None:
-        """Moves a process to the monitors' cgroup.
+        """Moves a process to the monitors' cgroup."""
+        for folder in self._monitors:
+            with contextlib.suppress(OSError):
+                files.write(folder / "cgroup.procs", str(pid).encode())
+
+    def settle(self, pid: int) -> None:
+        """As `adopt`, for a process that on v1 was born there, by one of the engine's threads.
 
         The first move after a while waits some milliseconds in the kernel (an RCU grace period for
         cgroup_threadgroup_rwsem), those soon after do not: done while the caller goes on, it spares
-        the next runtime that wait.
+        the next runtime that wait. In one hierarchy it does so for all.
         """
-        for folder in self._monitors:
+        for folder in self._monitors[:1]:
             with contextlib.suppress(OSError):
-                (folder / "cgroup.procs").write_text(str(pid))
+                files.write(folder / "cgroup.procs", str(pid).encode())
 
     def in_monitors(self) -> frozenset[int]:
         """Every process that is in the monitors' cgroup as a whole: a runtime that is under way among them, a shim
@@ -195,9 +212,9 @@ class Cgroups:
         """Every process in a sandbox's containers."""
         found: set[int] = set()
         for folder in self._each(self.path(sandbox_id)):
-            for procs in folder.rglob("cgroup.procs"):
+            for cgroup in _below(folder):
                 with contextlib.suppress(OSError):
-                    found.update(int(line) for line in procs.read_text().split())
+                    found.update(map(int, files.read(f"{cgroup}/cgroup.procs").split()))
         return frozenset(found - {0})
 
     def freeze(self, sandbox_id: str, frozen: bool, seconds: float = 10.0) -> None:
@@ -270,14 +287,15 @@ class Cgroups:
             return 0
 
     def exists(self, sandbox_id: str) -> bool:
-        return any(folder.exists() for folder in self._each(self.path(sandbox_id)))
+        return any(map(os.path.exists, self._each(self.path(sandbox_id))))
 
     def list(self) -> frozenset[str]:
         """Sandboxes that have a cgroup."""
         found: set[str] = set()
         for folder in self._each(f"/{self.parent}"):
             with contextlib.suppress(OSError):
-                found.update(each.name for each in folder.iterdir() if each.is_dir())
+                with os.scandir(folder) as entries:
+                    found.update(each.name for each in entries if each.is_dir(follow_symlinks=False))
         return frozenset(found - {MONITORS})
 
     def kill(self, sandbox_id: str, seconds: float = 10.0) -> None:
@@ -316,21 +334,28 @@ class Cgroups:
                     folder.rmdir()
 
 
-def _remove_tree(folder: Path, deadline: float) -> None:
-    """Removes a cgroup and those below it: rmdir only, depth first. Busy for a moment after the last process."""
+def _below(folder: str) -> Iterator[str]:
+    """A cgroup and those below it, each before its parent; none where it is not there."""
     try:
-        children = [each for each in folder.iterdir() if each.is_dir()]
+        with os.scandir(folder) as entries:
+            children = [each.path for each in entries if each.is_dir(follow_symlinks=False)]
     except OSError:
         return
     for child in children:
-        _remove_tree(child, deadline)
-    while True:
-        try:
-            folder.rmdir()
-            return
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise EngineError("RemoveFailed", f"cgroup {folder}: {error}", retryable=True) from None
-            time.sleep(0.001)
+        yield from _below(child)
+    yield folder
+
+
+def _remove_tree(root: str, deadline: float) -> None:
+    """Removes a cgroup and those below it: rmdir only. Busy for a moment after the last process."""
+    for folder in _below(root):
+        while True:
+            try:
+                os.rmdir(folder)  # noqa: PTH106 - on the hot path
+                break
+            except FileNotFoundError:
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise EngineError("RemoveFailed", f"cgroup {folder}: {error}", retryable=True) from None
+                time.sleep(0.001)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sandkeeper.shim.engines.base import EngineError, ProcessExit
-from sandkeeper.shim.engines.oci import exits, filesystems, monitor, notes, pause, rootfs, spec, tools
+from sandkeeper.shim.engines.oci import exits, files, filesystems, monitor, notes, pause, rootfs, spec, tools
 from sandkeeper.shim.engines.oci.cgroups import Cgroups
 from sandkeeper.shim.engines.oci.folders import AttemptFolder, SandboxFolder
 from sandkeeper.shim.engines.oci.images.types import Image
@@ -37,6 +37,7 @@ _GONE = ProcessRef(0, 0, "")
 """A process that is known to have been there, and not to be any more."""
 
 _MONITOR_SECONDS = 3.0
+_MAX_USERS = 256
 _LEAST_FREE = 1024 * 1024
 """Bytes. With less than this where it writes, a start that fails may well have failed for that."""
 
@@ -69,6 +70,7 @@ class Containers:
         self._cgroups = cgroups
         self._seccomp = seccomp
         self._threads = threads
+        self._users: dict[tuple[str, str], rootfs.User] = {}
         self.sealed = Sealed(options.run_root / "sealed")
 
     def folder(self, sandbox_id: str) -> SandboxFolder:
@@ -124,9 +126,9 @@ class Containers:
         binds: tuple[spec.Bind, ...],
         root: str = "rootfs",
     ) -> dict[str, Any]:
-        user = rootfs.resolve_user(image.rootfs, image.config.user)
+        user = self._user(image, image.config.user)
         uid, _ = spec.asked_ids(container)
-        known_gid = rootfs.resolve_user(image.rootfs, str(uid)).gid if uid is not None else None
+        known_gid = self._user(image, str(uid)).gid if uid is not None else None
         joined = dict(pause.NAMESPACES)
         if config.network == node_pb2.NETWORK_HOST:
             if not self._options.allow_host_network:
@@ -144,6 +146,15 @@ class Containers:
         )
         return spec.build(container, image.config, around, self._options, self._seccomp)
 
+    def _user(self, image: Image, text: str) -> rootfs.User:
+        """As `rootfs.resolve_user`, which reads two of the image's files: they are what its digest says."""
+        known = self._users.get((image.digest, text))
+        if known is None:
+            if len(self._users) >= _MAX_USERS:
+                self._users.clear()
+            known = self._users[image.digest, text] = rootfs.resolve_user(image.rootfs, text)
+        return known
+
     # -- the sandbox process
 
     def start(self, sandbox_id: str, config: node_pb2.SandboxConfig) -> int:
@@ -152,7 +163,7 @@ class Containers:
         recorded = self.process(folder)
         if recorded is not None:
             if recorded.alive():
-                self._threads.submit(lambda: self._cgroups.adopt(recorded.pid))
+                self._threads.submit(lambda: self._cgroups.settle(recorded.pid))
                 return recorded.pid
             raise EngineError("StartError", "the sandbox process has ended")
         if not folder.prepared.exists():
@@ -168,7 +179,7 @@ class Containers:
             around(folder, config),
         )
         write_json(folder.process, ref.to_json())
-        self._threads.submit(lambda: self._cgroups.adopt(ref.pid))
+        self._threads.submit(lambda: self._cgroups.settle(ref.pid))
         return ref.pid
 
     def process(self, folder: SandboxFolder) -> ProcessRef | None:
@@ -224,7 +235,7 @@ class Containers:
         image = notes.read_image(sandbox, name)
         if image is None:
             raise EngineError("StartError", "the sandbox is not prepared", retryable=True)
-        for older in below.attempts():
+        for older in below.attempts() if attempt else ():
             if older.attempt < attempt:
                 self._clear(sandbox, older, runtime, keep_log=older.attempt == attempt - 1)
         began = time.perf_counter()
@@ -232,7 +243,7 @@ class Containers:
         self._make_root(folder, image)
         binds = filesystems.binds(sandbox, folder, container)
         document = self._spec(sandbox, config, container, image, process.pid, binds)
-        folder.config.write_text(json.dumps(document))
+        files.write(folder.config, json.dumps(document).encode())
         built = time.perf_counter()
         try:
             pid = self._create(sandbox, folder, runtime)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from sandkeeper.shim.engines.base import EngineError
-from sandkeeper.shim.engines.oci import kernel, rootfs
+from sandkeeper.shim.engines.oci import files, kernel, rootfs
 from sandkeeper.shim.engines.oci.folders import AttemptFolder, SandboxFolder
 from sandkeeper.shim.engines.oci.options import Options
 from sandkeeper.shim.engines.oci.spec import ETC_FILES, Bind, check_mount_path
@@ -51,15 +51,16 @@ def _quote(path: str | Path) -> str:
 def make_etc(folder: SandboxFolder, hostname: str, *, host_network: bool) -> None:
     """The files of /etc that are the sandbox's own. No network: no name server."""
     folder.etc.mkdir(exist_ok=True)
-    (folder.etc / "hostname").write_text(f"{hostname}\n")
-    (folder.etc / "hosts").write_text(
-        f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.0.1\t{hostname}\n"
+    files.write(folder.etc / "hostname", f"{hostname}\n".encode())
+    files.write(
+        folder.etc / "hosts",
+        f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.0.1\t{hostname}\n".encode(),
     )
     servers = ""
     if host_network:
         with contextlib.suppress(OSError):
             servers = _HOST_RESOLV_CONF.read_text(errors="replace")
-    (folder.etc / "resolv.conf").write_text(servers)
+    files.write(folder.etc / "resolv.conf", servers.encode())
 
 
 def make_volumes(folder: SandboxFolder, config: node_pb2.SandboxConfig, options: Options) -> None:

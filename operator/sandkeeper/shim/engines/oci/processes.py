@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from sandkeeper.shim.engines.oci import files
+
 
 @functools.cache
 def boot_id() -> str:
@@ -25,7 +27,7 @@ def boot_id() -> str:
 def _stat(pid: int) -> tuple[str, int] | None:
     """State letter and start time in clock ticks since boot (proc(5)); None where there is no such process."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = files.read(f"/proc/{pid}/stat").decode(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text.rpartition(")")[2].split()
@@ -148,7 +150,7 @@ def descendants(pid: int) -> Iterator[int]:
 def read_json(path: Path) -> Any:
     """The object in a file; None where there is none, {} where it cannot be read or is something else."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(files.read(path))
     except FileNotFoundError:
         return None
     except (ValueError, IsADirectoryError, RecursionError):
@@ -160,7 +162,7 @@ def write_json(path: Path, value: Any) -> None:
     """Writes an object whole or not at all, as a crash of this process sees it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
-        temporary.write_bytes(json.dumps(value).encode())
+        files.write(temporary, json.dumps(value).encode())
         if path.is_dir():
             shutil.rmtree(path)  # none of ours
         temporary.rename(path)
