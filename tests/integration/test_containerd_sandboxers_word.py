@@ -6,6 +6,8 @@ import asyncio
 import functools
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -24,11 +26,22 @@ from tests.conformance.relay import Refused, Relay
 from tests.conformance.sandboxer import Sandboxer, sandboxer
 from tests.conformance.shims import ShimHost
 from tests.integration.test_containerd import gone
-from tests.integration.test_engines import IMAGE, MIB, Box, Make, container, settings_in, until
+from tests.integration.test_engines import (
+    IMAGE,
+    MIB,
+    Box,
+    Make,
+    container,
+    execute,
+    monitor_of,
+    settings_in,
+    until,
+)
 
 from sandkeeper.localcluster.ocilayout import busybox_image, write_layout
-from sandkeeper.shim.engines.base import SANDBOX_PROCESS, UsageSample
+from sandkeeper.shim.engines.base import SANDBOX_PROCESS, EngineError, UsageSample
 from sandkeeper.shim.engines.containerd import ContainerdEngine
+from sandkeeper.shim.engines.oci import notes
 from sandkeeper.shim.engines.oci.cgroups import Cgroups
 from sandkeeper.wire import controller_pb2, controller_pb2_grpc, node_pb2_grpc
 from sandkeeper.wire import node_pb2 as pb
@@ -37,8 +50,25 @@ from sandkeeper.wire.containerd import cgroup1_pb2, cgroup2_pb2
 
 pytestmark = [pytest.mark.oci, pytest.mark.asyncio(loop_scope="module")]
 
-RUNTIME, NAME, NAMESPACE = "relayed", "relay", "sandkeeper"
+RUNTIME, ELSEWHERE, NAME, NAMESPACE = "relayed", "elsewhere", "relay", "sandkeeper"
 SECONDS = 60.0
+
+
+def elsewhere(folder: Path) -> Path:
+    """A runtime that runs its containers where it likes, and not in the cgroup that it was given: runc's default."""
+    program, runc = folder / "elsewhere", shutil.which("runc", path=f"{os.environ['PATH']}:/usr/sbin")
+    program.write_text(
+        f"""#!/bin/sh
+case " $* " in *" create "*)
+    for each; do
+        test -f "$each/config.json" && sed -i 's/"cgroupsPath": *"[^"]*"/"cgroupsPath": ""/' "$each/config.json"
+    done
+esac
+exec {runc} "$@"
+"""
+    )
+    program.chmod(0o755)
+    return program
 
 
 class Node:
@@ -53,7 +83,10 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     folder, relay = tmp_path_factory.mktemp(f"relayed-{os.getpid()}-"), Relay()
     write_layout(folder / "layout", {IMAGE: busybox_image()})
     with sandboxer(tasks=True, relays={NAME: relay}) as below:
-        served = {RUNTIME: {"sandboxer": NAME}}
+        served = {
+            RUNTIME: {"sandboxer": NAME},
+            ELSEWHERE: {"sandboxer": NAME, "runtime": str(elsewhere(folder))},
+        }
         chosen = {"socket": str(below.containerd.socket), "runtimes": {"runc": "runc"}, "sandboxers": served}
         (folder / "engine").write_text(json.dumps({"engine": "containerd", "containerd": chosen}))
         yield Node(folder, below, relay)
@@ -71,9 +104,9 @@ async def engine(node: Node) -> AsyncIterator[ContainerdEngine]:
 async def make(node: Node, engine: ContainerdEngine) -> AsyncIterator[Make]:
     made: list[Box] = []
 
-    def box(*containers: pb.ContainerConfig) -> Box:
+    def box(*containers: pb.ContainerConfig, runtime: str = RUNTIME) -> Box:
         owner = pb.Owner(namespace="default", name="box", uid="u", instance=1)
-        made.append(Box(engine, pb.SandboxConfig(runtime=RUNTIME, owner=owner, containers=containers)))
+        made.append(Box(engine, pb.SandboxConfig(runtime=runtime, owner=owner, containers=containers)))
         return made[-1]
 
     yield box
@@ -156,6 +189,37 @@ async def test_a_sandboxer_that_forgot_it_ends_nothing(node: Node, make: Make) -
     assert (await box.engine.inspect(box.id, "main", 0)).pid
     await box.engine.remove(box.id)
     assert (await asyncio.wait_for(waiting, SECONDS)).reason == "Signaled"
+
+
+# -- processes that are not this node's: a pid of theirs may be another's here
+
+
+async def test_a_pid_outside_of_our_cgroup_is_taken_for_nobodys_here(make: Make) -> None:
+    box = make(container("mkfifo /tmp/go; echo ready; cat /tmp/go; exit 6"), runtime=ELSEWHERE)
+    pid = (await box.start())["main"]
+    await box.said("ready\n")
+    assert pid not in box.engine._cgroups.pids(box.id)
+    started = notes.read_started(box.engine._attempt(box.id, "main", 0))
+    assert started is not None
+    assert not started.process.alive()
+    assert (await box.engine.inspect(box.id, "main", 0)).pid == pid
+    with pytest.raises(EngineError, match="cgroup"):
+        await box.engine.pause(box.id)
+    status, found = await execute(box, ["echo", "in it"])
+    assert (status, found["stdout"]) == (0, b"in it\n")
+    waiting = asyncio.create_task(box.engine.wait(box.id, "main", 0))
+    os.kill(monitor_of(box), signal.SIGKILL)
+    Path(f"/proc/{pid}/root/tmp/go").write_text("")
+    assert (await asyncio.wait_for(waiting, SECONDS)).status == 6
+    assert (await box.engine.inspect(box.id, "main", 0)).exit is not None
+
+
+async def test_such_a_one_takes_signals_by_containerd(make: Make) -> None:
+    box = make(container("sleep 1000"), runtime=ELSEWHERE)
+    await box.start()
+    waiting = asyncio.create_task(box.engine.wait(box.id, "main", 0))
+    await box.engine.kill(box.id, "main", 0, signal.SIGKILL)
+    assert (await asyncio.wait_for(waiting, SECONDS)).signal == 9
 
 
 # -- what it uses

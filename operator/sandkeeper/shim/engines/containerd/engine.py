@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from sandkeeper.shim.engines.base import (
     SANDBOX_PROCESS,
+    EngineError,
     ExecSession,
     ProcessExit,
     ProcessState,
@@ -259,6 +260,16 @@ class ContainerdEngine(OCIEngine):
             await self._threads.run(
                 lambda: tasks.kill(self._client, tasks.name_of(folder.runtime_id), number)
             )
+
+    async def pause(self, sandbox_id: str) -> None:
+        for each in self._tasks.folder(sandbox_id).attempts():
+            if await self._unseen(sandbox_id, each.container, each.attempt):
+                raise EngineError("PauseFailed", f"container {each.container!r} is not in our cgroup")
+        await super().pause(sandbox_id)
+
+    def _may_run(self, process: ProcessRef) -> bool:
+        """Of one that is not seen from here containerd will say so."""
+        return process.alive() or not process.boot
 
     def _execute(
         self,

@@ -72,6 +72,13 @@ class SandboxedContainers(TaskContainers):
             return super()._place(sandbox, runtime)
         return target.runtime, self._sandboxes.inside(target, sandbox.sandbox_id)
 
+    def _seen(self, sandbox: SandboxFolder, pid: int) -> ProcessRef | None:
+        """A pid of a sandboxer's may be one inside a virtual machine: another process has it here. One of ours is in
+        the cgroup that we named."""
+        if target_of(sandbox) is not None and pid not in self._cgroups.pids(sandbox.sandbox_id):
+            return None
+        return super()._seen(sandbox, pid)
+
     # -- the sandbox process's end
 
     def signal(self, folder: SandboxFolder, process: ProcessRef, number: int) -> None:

@@ -250,7 +250,7 @@ class Containers:
             created = time.perf_counter()
             caps = spec.capabilities(container, self._options.allowed_capabilities)
             self._seccomp.learn(caps, sandbox.runtime_root / folder.runtime_id)
-            ref = ProcessRef.of(pid)
+            ref = self._seen(sandbox, pid)
             self._run(sandbox, folder, runtime)
         except EngineError:
             self._clear(sandbox, folder, runtime, keep_log=True)
@@ -294,7 +294,7 @@ class Containers:
             return None
         pid = monitor.read_pid(folder.pid_file)
         if ended or self._state(sandbox, folder, runtime) == "running":
-            return self._record(folder, ProcessRef.of(pid) or ProcessRef(pid, 0, ""))
+            return self._record(folder, self._seen(sandbox, pid) or ProcessRef(pid, 0, ""))
         self._clear(sandbox, folder, runtime, keep_log=False)
         return None
 
@@ -311,6 +311,10 @@ class Containers:
             self._options.conmon, self.sealed.of(runtime), sandbox.runtime_root, folder,
             self._options.log_max_bytes // 2, self._cgroups, self._options.runtime_timeout,
         )  # fmt: skip
+
+    def _seen(self, sandbox: SandboxFolder, pid: int) -> ProcessRef | None:
+        """The process that a runtime has just named; None where it is not this node's."""
+        return ProcessRef.of(pid)
 
     def _monitor(self, folder: AttemptFolder) -> ProcessRef | None:
         """Who watches it; may have ended."""

@@ -359,7 +359,7 @@ class OCIEngine(Engine):
     ) -> ExecSession:
         folder = self._attempt(sandbox_id, container, attempt)
         started = notes.read_started(folder)
-        if started is None or not started.process.alive():
+        if started is None or not self._may_run(started.process):
             raise EngineError("NotRunning", f"container {container!r} does not run")
         if self._cgroups.is_frozen(sandbox_id):
             raise EngineError("Paused", "the sandbox is paused")
@@ -374,6 +374,9 @@ class OCIEngine(Engine):
             return self._execute(folder, files, process, stdin=stdin, size=size)
 
         return await self._threads.run(begin)
+
+    def _may_run(self, process: ProcessRef) -> bool:
+        return process.alive()
 
     def _execute(
         self,
