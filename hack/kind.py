@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from sandkeeper.localcluster import binaries, kind_sources
+from sandkeeper.localcluster import binaries, gobuild
 from sandkeeper.localcluster.apiserver import Kubectl, KubectlError
 from sandkeeper.localcluster.binaries import BinariesError
 
@@ -142,7 +142,7 @@ def main() -> None:
     try:
         if given.command == "test":
             sys.exit(test(arguments))
-        kind = kind_sources.ensure(kind_sources.CLUSTER, say=say)
+        kind = binaries.built("kind", gobuild.KIND, say=say)
         up(kind) if given.command == "up" else down(kind)
     except (BinariesError, KubectlError) as error:
         sys.exit(f"kind: {error}")

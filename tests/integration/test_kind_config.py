@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sandkeeper.localcluster import kind_sources
+from sandkeeper.localcluster import binaries, gobuild
 
 CONFIG = Path(__file__).parents[2] / "kind-config.yaml"
 Object = dict[str, Any]
@@ -21,7 +21,7 @@ Object = dict[str, Any]
 @pytest.fixture(scope="module")
 def program() -> Path:
     """What reads it. The first time it is built."""
-    return kind_sources.ensure(kind_sources.CONFIG, say=lambda line: print(line, file=sys.stderr))
+    return binaries.built("kind-config", gobuild.KIND, say=lambda line: print(line, file=sys.stderr))
 
 
 def read(program: Path, path: Path) -> subprocess.CompletedProcess[str]:

@@ -2,8 +2,7 @@
 
 $KUBEBUILDER_ASSETS, PATH, our cache, a download of the upstream envtest archive, a build from the pinned Go modules.
 `python -m sandkeeper.localcluster.binaries` says where each was found, and makes what is missing; with `--tests`
-also what only the tests need: two containerds (`containerd_sources`) and kind's reader of configurations
-(`kind_sources`).
+also what only the tests need: two containerds (`containerd_sources`) and kind's reader of configurations.
 """
 
 from __future__ import annotations
@@ -106,6 +105,22 @@ def ensure(names: tuple[str, ...] = NAMES, *, say: Say | None = None) -> dict[st
     return found
 
 
+def built(name: str, module: gobuild.Module, *, say: Say | None = None) -> Path:
+    """A program of a pinned Go module; it is built first where it is missing. Raises BinariesError.
+
+    PATH is not looked at: which version is used is decided here.
+    """
+    say = say or (lambda _line: None)
+    path = cache_dir(module.folder) / name
+    if not executable(path):
+        with lock(say):  # whoever held it may have made it
+            if not executable(path):
+                gobuild.build([name], path.parent, say, module)
+    if not executable(path):
+        raise BinariesError(f"{name} could not be built from its Go module; what go said is above")
+    return path
+
+
 @contextlib.contextmanager
 def lock(say: Say) -> Iterator[None]:
     """Held by the one process that makes what is missing in the cache."""
@@ -190,11 +205,12 @@ def _extract(archive: Any, names: list[str], target: Path) -> list[str]:
 
 @click.command()
 @click.option("--tests", is_flag=True, help="Also what only the tests need: two containerds, kind's reader.")
-@click.option("--e2e", is_flag=True, help="Also the rest of a node: kubelet and its like, runc.")
+@click.option(
+    "--e2e", is_flag=True, help="Also the rest of a node: kubelet and its like, runc; Prometheus's reader."
+)
 def main(tests: bool, e2e: bool) -> None:
     """Say where the binaries are, and make those that are missing."""
-    # They build on this module.
-    from sandkeeper.localcluster import containerd_sources, kind_sources, node_sources
+    from sandkeeper.localcluster import containerd_sources, node_sources  # they build on this module
 
     def say(line: str) -> None:
         click.echo(line, err=True)
@@ -203,10 +219,11 @@ def main(tests: bool, e2e: bool) -> None:
         found = list(ensure(say=say).values())
         if tests:
             found += [containerd_sources.ensure(each, say=say) for each in containerd_sources.SOURCES]
-            reader = kind_sources.CONFIG
-            found.append(Found(reader, kind_sources.ensure(reader, say=say), "cache"))
+            found.append(Found("kind-config", built("kind-config", gobuild.KIND, say=say), "cache"))
         if e2e:
             found += [Found(name, path, "cache") for name, path in node_sources.ensure(say=say).items()]
+            reader = "prometheus-rules"
+            found.append(Found(reader, built(reader, gobuild.PROMETHEUS, say=say), "cache"))
     except (BinariesError, OSError) as error:
         click.echo(f"binaries: {error}", err=True)
         sys.exit(1)
