@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import yaml
@@ -33,7 +34,8 @@ NO_DOCKER = (
     "  To have it: apt-get install docker.io, or https://docs.docker.com/engine/install; `docker info` must work.\n"
     "  Without Docker: `make e2e` runs a Kubernetes of one node, kubelet and all, and the same tests."
 )
-WAIT = "--timeout=300s"
+SECONDS = 300
+WAIT = f"--timeout={SECONDS}s"
 
 
 def up(kind: Path) -> None:
@@ -72,8 +74,12 @@ def install(
             cluster("-n", namespace, "rollout", "restart", each)
         say(cluster("-n", namespace, "rollout", "status", each, WAIT))
     # No shim is on the control plane: it is tainted. The others write their SandboxNodes themselves.
+    deadline = time.monotonic() + SECONDS
     for node in cluster("get", "nodes", "-l", "!node-role.kubernetes.io/control-plane", "-o", "name").split():
-        cluster("wait", f"sandbox{node}", "--for=create", WAIT)
+        while cluster.run("get", f"sandbox{node}").returncode != 0:  # `wait --for=create` came with kubectl 1.31
+            if time.monotonic() > deadline:
+                sys.exit(f"kind: there is no sandbox{node}: kubectl -n {NODES} logs daemonset/sandkeeper-shim")
+            time.sleep(1)
     say(cluster("wait", "sandboxnodes", "--all", "--for=condition=Ready", WAIT))
 
 

@@ -13,8 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 
 
-@pytest.mark.parametrize("client", [False, True], ids=["no docker", "a client alone"])
-@pytest.mark.parametrize("command", ["up", "test", "down"])
+@pytest.mark.parametrize(("command", "client"), [("up", False), ("up", True), ("test", True), ("down", True)])
 def test_without_docker_it_says_what_would_help(tmp_path: Path, command: str, client: bool) -> None:
     if client:
         (tmp_path / "docker").write_text("#!/bin/sh\nexit 1\n")
