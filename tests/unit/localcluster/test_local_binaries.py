@@ -54,12 +54,27 @@ def test_a_kubectl_in_path_must_be_new_enough(home: Path, minor: str, fits: bool
     assert (find("kubectl", environ={"PATH": str(home / "path")}) is not None) is fits
 
 
-def test_another_pin_is_another_folder(home: Path) -> None:
-    for name in ("go.mod", "go.sum"):
+@pytest.mark.parametrize("changed", ["go.mod", "go.sum", "main.go"])
+def test_another_pin_or_program_is_another_folder(home: Path, changed: str) -> None:
+    for name in ("go.mod", "go.sum", "main.go"):
         (home / name).write_text("one")
     first = binaries.cache_dir(home)
-    (home / "go.sum").write_text("two")
+    (home / changed).write_text("two")
     assert binaries.cache_dir(home) != first
+
+
+def test_a_program_of_a_module_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    program(binaries.cache_root().parent, "kind")  # what is elsewhere does not count
+    with monkeypatch.context() as patch:
+        patch.setattr(gobuild, "build", lambda names, target, *_: [str(program(target, names[0]))])
+        path = binaries.built("kind", gobuild.KIND)
+    assert binaries.built("kind", gobuild.KIND) == path == binaries.cache_dir(gobuild.KIND.folder) / "kind"
+
+
+def test_a_program_that_cannot_be_built_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gobuild, "build", lambda *_: [])
+    with pytest.raises(BinariesError, match="kind-config"):
+        binaries.built("kind-config", gobuild.KIND)
 
 
 def test_nothing_is_made_where_all_is_there(home: Path) -> None:
