@@ -73,12 +73,13 @@ def install(
         if again:
             cluster("-n", namespace, "rollout", "restart", each)
         say(cluster("-n", namespace, "rollout", "status", each, WAIT))
-    # No shim is on the control plane: it is tainted. The others write their SandboxNodes themselves.
+    # No shim is on the control plane: it is tainted. The others write their SandboxNodes themselves. (kubectl has
+    # `wait --for=create` from 1.31 on.)
     deadline = time.monotonic() + SECONDS
     for node in cluster("get", "nodes", "-l", "!node-role.kubernetes.io/control-plane", "-o", "name").split():
-        while cluster.run("get", f"sandbox{node}").returncode != 0:  # `wait --for=create` came with kubectl 1.31
+        while cluster.run("get", f"sandbox{node}").returncode != 0:
             if time.monotonic() > deadline:
-                sys.exit(f"kind: there is no sandbox{node}: kubectl -n {NODES} logs daemonset/sandkeeper-shim")
+                sys.exit(f"kind: no sandbox{node}: see kubectl -n {NODES} logs daemonset/sandkeeper-shim")
             time.sleep(1)
     say(cluster("wait", "sandboxnodes", "--all", "--for=condition=Ready", WAIT))
 

