@@ -489,6 +489,19 @@ def test_a_stolen_shim_is_held_by_the_policy(
     forbidden(shims["node-2"], *words, by="sandkeeper-nodes")
 
 
+@pytest.mark.parametrize("name", ["node-1", "node-9"])
+def test_a_stolen_shim_registers_no_other_node(shims: dict[str, Kubectl], name: str) -> None:
+    """With the rights that are shipped."""
+    body = {
+        "apiVersion": "sandkeeper.dev/v1alpha1",
+        "kind": "SandboxNode",
+        "metadata": {"name": name},
+        "spec": {"address": "203.0.113.1:7443", "serverName": "node-2"},
+    }
+    apply = ("apply", "--server-side", "--force-conflicts", "--validate=ignore", "-f", "-")
+    forbidden(shims["node-2"], *apply, body=body, by="sandkeeper-nodes")
+
+
 def test_a_token_of_no_node_writes_no_node(generous: Installed) -> None:
     loose = generous.as_bearer(generous.token(NODE, SHIM_ACCOUNT), "loose")
     body = '{"metadata":{"labels":{"zone":"c"}}}'

@@ -163,6 +163,18 @@ async def test_another_ca_is_taken_up_and_believed_beside_the_old_where_the_secr
     assert x509.load_pem_x509_certificates(one.tls.read()[0]) == [new.certificate, old]
 
 
+async def test_a_ca_that_is_deleted_is_followed_by_another() -> None:
+    cluster, now = Cluster(), [datetime.now(UTC)]
+    one = authority_on(cluster, now)
+    await one.refresh()
+    (old,) = published(cluster)
+    del cluster.secrets["sandkeeper-ca"]
+    await one.refresh()
+    (new,) = published(cluster)
+    assert new != old
+    assert issued_by(x509.load_pem_x509_certificate(one.tls.read()[1]), new)
+
+
 def test_what_is_believed_begins_with_what_signs() -> None:
     ca = Issuer.make("a", WEEK)
     issuer, bundle = ca_of(secret_of("x", ca))
