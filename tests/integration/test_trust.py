@@ -190,7 +190,10 @@ def test_certificates_are_renewed_and_nothing_is_dropped(cluster: Installed, tmp
 
 
 def another(cluster: Installed, before: x509.Certificate) -> x509.Certificate | None:
-    now = shown(cluster)
+    try:
+        now = shown(cluster)
+    except OSError:  # so slow a machine that the old one has run out
+        return None
     return now if now.serial_number != before.serial_number else None
 
 

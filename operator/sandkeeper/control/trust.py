@@ -55,10 +55,10 @@ class Trust:
 
     async def prepare(self) -> None:
         """Returns when there is a CA. Waits for what it needs, and says so."""
-        while True:
-            if await self._refreshed():
-                return
-            await asyncio.sleep(_RETRY / 5)
+        delay = 0.5
+        while not await self._refreshed():
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, 2 * _RETRY)
 
     async def run(self) -> None:
         """For ever: keeps the CA and the operator's certificate, and finds requests that no event told of."""
