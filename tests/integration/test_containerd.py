@@ -26,6 +26,7 @@ from sandkeeper.localcluster.ocilayout import busybox_image, write_layout
 from sandkeeper.shim.engines.base import SANDBOX_PROCESS, EngineError
 from sandkeeper.shim.engines.containerd import ContainerdEngine, ttrpc
 from sandkeeper.shim.engines.containerd.images import ContainerdImages
+from sandkeeper.shim.engines.oci.cgroups import Cgroups
 from sandkeeper.shim.settings import ContainerdSettings, OCISettings, ShimSettings
 from sandkeeper.wire import node_pb2 as pb
 
@@ -73,6 +74,8 @@ def node_with(source: Source, tmp_path_factory: pytest.TempPathFactory) -> Itera
         leaks = Leaks(folder, parent)
         yield Node(daemon, settings, leaks)
         leaks.assert_none()
+    # A containerd that a test has started again was in the engine's cgroup, as the test was.
+    Cgroups(parent, hide_v2=False).close()
 
 
 @pytest.fixture(scope="module", params=SOURCES)
@@ -85,7 +88,7 @@ def node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 async def engine(node: Node) -> AsyncIterator[ContainerdEngine]:
     made = await node.engine()
     yield made
-    for each in node.engines:
+    for each in reversed(node.engines):  # each goes back to where it came from
         await each.close()
 
 

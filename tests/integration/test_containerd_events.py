@@ -42,7 +42,7 @@ def node(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 async def engine(node: Node) -> AsyncIterator[ContainerdEngine]:
     made = await node.engine()
     yield made
-    for each in node.engines:
+    for each in reversed(node.engines):  # each goes back to where it came from
         await each.close()
 
 

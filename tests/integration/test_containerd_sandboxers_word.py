@@ -90,6 +90,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         chosen = {"socket": str(below.containerd.socket), "runtimes": {"runc": "runc"}, "sandboxers": served}
         (folder / "engine").write_text(json.dumps({"engine": "containerd", "containerd": chosen}))
         yield Node(folder, below, relay)
+    # A containerd that a test has started again was in the engine's cgroup, as the test was.
+    Cgroups(f"test-engine-{folder.name}", hide_v2=False).close()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

@@ -39,6 +39,7 @@ from sandkeeper.localcluster.ocilayout import busybox_image, write_layout
 from sandkeeper.shim.engines.base import SANDBOX_PROCESS, EngineError, ProcessExit
 from sandkeeper.shim.engines.containerd import ContainerdEngine
 from sandkeeper.shim.engines.containerd.client import CallError
+from sandkeeper.shim.engines.oci.cgroups import Cgroups
 from sandkeeper.wire import controller_pb2, controller_pb2_grpc
 from sandkeeper.wire import node_pb2 as pb
 from sandkeeper.wire.client import open_channel
@@ -79,6 +80,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
         chosen = {"socket": str(below.containerd.socket), "runtimes": {"runc": "runc"}, "sandboxers": served}
         (folder / "engine").write_text(json.dumps({"engine": "containerd", "containerd": chosen}))
         yield Node(folder, below, f"test-engine-{folder.name}")
+    # A containerd that a test has started again was in the engine's cgroup, as the test was.
+    Cgroups(f"test-engine-{folder.name}", hide_v2=False).close()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
