@@ -70,6 +70,11 @@ class Authority:
         self.issuer = issuer
         self._renew(issuer, bundle)
 
+    def ends(self) -> dict[str, datetime]:
+        """When the CA's certificate and the operator's own run out."""
+        held = {"ca": self.issuer.certificate if self.issuer else None, "operator": self._own}
+        return {which: each.not_valid_after_utc for which, each in held.items() if each is not None}
+
     async def _ca(self) -> Raw:
         try:
             return await self._kube.get_secret(*self._secret)

@@ -65,7 +65,7 @@ class Operator:
             if self._effects
             else Kube(configuration, **options)
         )
-        self.trust = Trust(settings, self.kube) if settings.ca_secret else None
+        self.trust = Trust(settings, self.kube, metrics) if settings.ca_secret else None
         self.nodes = Nodes(
             connect=self._connect,
             read=self.kube.get_node,

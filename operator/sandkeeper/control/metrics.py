@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from functools import cache
 from typing import Protocol
 
@@ -82,6 +83,18 @@ class Metrics:
             ["outcome"],
             registry=registry,
         )
+        self._expiry = Gauge(
+            "sandkeeper_certificate_expiry_timestamp_seconds",
+            "When a certificate ends: the CA's, and the operator's own, which it renews.",
+            ["certificate"],
+            registry=registry,
+        )
+        self._requests_for = Counter(
+            "sandkeeper_certificate_requests",
+            "Shims' requests for certificates, by what became of them.",
+            ["outcome"],
+            registry=registry,
+        )
         # A child is looked up under a lock and by freshly made text: dear, dozens of times per Sandbox.
         self._reconcile_of = cache(self._reconcile.labels)
         self._calls_of = cache(self._calls.labels)
@@ -141,6 +154,14 @@ class Metrics:
 
     def garbage(self, outcome: str) -> None:
         self._garbage.labels(outcome).inc()
+
+    # trust.Metrics
+
+    def certificate(self, which: str, ends: datetime) -> None:
+        self._expiry.labels(which).set(ends.timestamp())
+
+    def certificate_request(self, outcome: str) -> None:
+        self._requests_for.labels(outcome).inc()
 
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""

@@ -30,6 +30,13 @@ class Kube(AuthorityKube, Protocol):
     async def put_request(self, name: str, part: str, body: Raw) -> Raw: ...
 
 
+class Metrics(Protocol):
+    """Told when a certificate (`ca`, `operator`) ends, and what became of a request (signed, denied, failed)."""
+
+    def certificate(self, which: str, ends: datetime) -> None: ...
+    def certificate_request(self, outcome: str) -> None: ...
+
+
 class Trust:
     """The CA, the operator's certificate, and the shims'. `prepare`, then `run`; `event` for every request seen."""
 
@@ -37,10 +44,12 @@ class Trust:
         self,
         settings: OperatorSettings,
         kube: Kube,
+        metrics: Metrics | None = None,
         *,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._kube = kube
+        self._metrics = metrics
         self._clock = clock
         self._life = timedelta(seconds=settings.certificate_life)
         self._account = Account(*_pair(settings.shim_account))
@@ -121,6 +130,9 @@ class Trust:
         return {**body, "status": {**status, "conditions": [*(status.get("conditions") or []), condition]}}
 
     def _log(self, name: str, verdict: object) -> None:
+        outcome = {Sign: "signed", Deny: "denied", Fail: "failed"}.get(type(verdict))
+        if self._metrics is not None and outcome:
+            self._metrics.certificate_request(outcome)
         if isinstance(verdict, Sign):
             log.info("Signed a shim's certificate", extra={"object_name": name, "node": verdict.node})
         elif isinstance(verdict, Deny | Fail):
@@ -133,6 +145,9 @@ class Trust:
         except (KubeError, ValueError) as error:
             log.warning("The CA cannot be kept", extra={"error": str(error)})
             return False
+        for which, ends in self.authority.ends().items():
+            if self._metrics is not None:
+                self._metrics.certificate(which, ends)
         return True
 
     async def _looked(self) -> bool:

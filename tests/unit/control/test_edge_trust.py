@@ -13,6 +13,7 @@ from cryptography import x509
 from tests.unit.control.test_core_signer import KEY, NODE, csr
 
 from sandkeeper.control.authority import Authority, ca_of, secret_of
+from sandkeeper.control.metrics import Metrics
 from sandkeeper.control.ports import Conflict, Gone, Raw
 from sandkeeper.control.settings import OperatorSettings
 from sandkeeper.control.trust import Trust
@@ -207,6 +208,23 @@ async def test_a_good_request_is_approved_and_signed_once() -> None:
     assert signed(cluster).public_key() == KEY.public_key()
     (condition,) = cluster.csrs[NAME]["status"]["conditions"]
     assert (condition["type"], condition["status"]) == ("Approved", "True")
+
+
+async def test_what_was_decided_and_when_certificates_end_can_be_graphed() -> None:
+    cluster, metrics = Cluster(), Metrics()
+    trust = Trust(OperatorSettings(ca_secret="s/sandkeeper-ca"), cluster, metrics)
+    await trust.prepare()
+    cluster.put(csr())
+    await trust.handle(NAME)
+    cluster.put(csr(username="mallory"))
+    await trust.handle(NAME)
+    text = metrics.exposition().decode()
+    for outcome in ("signed", "denied"):
+        assert f'sandkeeper_certificate_requests_total{{outcome="{outcome}"}} 1.0' in text
+    ends = trust.authority.ends()
+    assert ends["ca"] - ends["operator"] > 100 * WEEK
+    for which in ends:
+        assert f'expiry_timestamp_seconds{{certificate="{which}"}}' in text
 
 
 async def test_a_bad_one_is_denied_once_with_the_reason() -> None:

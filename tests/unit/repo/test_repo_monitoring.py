@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ def exposed() -> dict[str, set[str]]:
     metrics.watch_event("sandboxes", "ADDED")
     metrics.watch_missed()
     metrics.garbage("removed")
+    metrics.certificate("ca", datetime.now(UTC))
+    metrics.certificate_request("signed")
     metrics.registry.register(Snapshot({("node-1", "Running"): 1}, _Nodes()))
     found: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(metrics.exposition().decode()):
