@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,18 @@ _REQUESTS = "apiserver_request_total{"
 @dataclass(frozen=True, slots=True)
 class Cpu:
     """CPU seconds, user and system, that the parts of a cluster have used; the shims' with what they ran and waited
-    for (runtimes, but not what stays: monitors and containers)."""
+    for (runtimes, but not what stays: monitors and containers).
+
+    machine: of everything on it, the kernel's own threads as well. at: by which clock they were spent.
+    """
 
     operator: float
     apiserver: float
     etcd: float
     shims: float
     client: float
+    machine: float
+    at: float
 
     def __sub__(self, other: Cpu) -> Cpu:
         return Cpu(
@@ -35,12 +41,17 @@ class Cpu:
             self.etcd - other.etcd,
             self.shims - other.shims,
             self.client - other.client,
+            self.machine - other.machine,
+            self.at - other.at,
         )
 
     def each(self, count: int) -> dict[str, float]:
-        """Milliseconds per Sandbox, by part."""
-        parts = ("operator", "apiserver", "etcd", "shims", "client")
-        return {f"{part}_cpu_ms": 1000 * getattr(self, part) / count for part in parts}
+        """Milliseconds per Sandbox, by part. `other`: monitors, containers, the kernel, and whatever
+        else the machine does. cores_busy: the share of all cores' time."""
+        parts = {name: getattr(self, name) for name in ("operator", "apiserver", "etcd", "shims", "client")}
+        parts["other"] = max(0.0, self.machine - sum(parts.values()))
+        figures = {f"{name}_cpu_ms": 1000 * spent / count for name, spent in parts.items()}
+        return figures | {"cores_busy": self.machine / (self.at * (os.cpu_count() or 1))}
 
 
 def cpu(cluster: LocalCluster) -> Cpu:
@@ -51,7 +62,17 @@ def cpu(cluster: LocalCluster) -> Cpu:
         etcd=_cpu_of(pids["etcd"]),
         shims=sum(_cpu_of(pids[name], children=True) for name in cluster.nodes),
         client=_cpu_of(os.getpid()),
+        machine=_busy(),
+        at=time.perf_counter(),
     )
+
+
+def _busy() -> float:
+    """Seconds that all cores together were not idle, or taken away; proc_stat(5)."""
+    user, nice, system, _idle, _iowait, irq, softirq, *_ = map(
+        int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    )
+    return (user + nice + system + irq + softirq) / _TICK
 
 
 def _cpu_of(pid: int | None, *, children: bool = False) -> float:
