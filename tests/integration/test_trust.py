@@ -32,6 +32,7 @@ from tests.installed import (
     built,
     granted,
     installed,
+    right,
 )
 from tests.sandboxes import Object, Sandboxes
 
@@ -40,6 +41,7 @@ from sandkeeper.cli.main import main
 from sandkeeper.localcluster.apiserver import Kubectl, free_ports
 from sandkeeper.localcluster.cluster import OPERATOR
 from sandkeeper.shim.certificate import request_object
+from sandkeeper.shim.registration import MANAGER
 from sandkeeper.wire import node_pb2, node_pb2_grpc
 from sandkeeper.wire.certificates import dns_names, issued_by, new_key, request
 from sandkeeper.wire.tls import ClientTLS
@@ -123,6 +125,11 @@ def test_a_node_gets_its_certificate_registers_itself_and_runs_a_sandbox(operato
         made = json.loads(admin("get", "sandboxnode", "node-1", "-o", "json"))
         assert made["spec"]["unschedulable"]
         assert made["metadata"]["labels"]["pool"] == "p"
+        # Where nothing changed, nothing is written.
+        told, written = registrations(operator), applied(admin)
+        operator.restart_shim(register=True)
+        eventually(lambda: registrations(operator) > told, timeout=60)
+        assert applied(admin) == written
     finally:
         admin("patch", "sandboxnode", "node-1", "--type=merge", "-p", '{"spec":{"unschedulable":null}}')
         admin("delete", "node", "node-1")
@@ -133,6 +140,16 @@ def test_a_node_gets_its_certificate_registers_itself_and_runs_a_sandbox(operato
     assert operator.used(SHIM_ACCOUNT) == granted(built(admin, MANIFESTS), SHIM_ACCOUNT) - unseen
 
 
+def registrations(cluster: Installed) -> int:
+    return [right(each["objectRef"], "")[1] for each in cluster.requests(SHIM_ACCOUNT)].count("sandboxnodes")
+
+
+def applied(admin: Kubectl) -> list[Object]:
+    """What the shim wrote of its SandboxNode, and when the object took it."""
+    node = json.loads(admin("get", "sandboxnode", "node-1", "-o", "json", "--show-managed-fields"))
+    return [each for each in node["metadata"]["managedFields"] if each["manager"] == MANAGER]
+
+
 def runs(cluster: Installed) -> None:
     sandboxes = Sandboxes(cluster.kubectl, "default")
     sandboxes.make("box")
@@ -141,9 +158,15 @@ def runs(cluster: Installed) -> None:
     sandboxes.until_gone("box")
 
 
-def test_the_certificate_on_the_disk_serves_while_nobody_signs(cluster: Installed) -> None:
+def test_the_certificate_on_the_disk_serves_while_nobody_signs_and_no_api_server_answers(
+    cluster: Installed,
+) -> None:
     before = shown(cluster)
-    cluster.restart_shim()
+    try:
+        cluster.restart_shim(KUBERNETES__SERVER="https://127.0.0.1:1")
+        assert shown(cluster) == before
+    finally:
+        cluster.restart_shim()
     assert shown(cluster) == before
     folder = cluster.local.node_folder(0) / "state" / "certificate"
     assert {each.stat().st_mode & 0o777 for each in folder.iterdir()} == {0o600}
