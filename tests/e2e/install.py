@@ -75,12 +75,15 @@ def image_archive(folder: Path) -> Path:
     """The image of this tree, built now, or the one that $SANDKEEPER_TEST_IMAGE names."""
     if named := os.environ.get(IMAGE):
         return Path(named).resolve()
-    archive = folder / "sandkeeper.tar"
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "operator")}
+    return build_image(folder / "sandkeeper.tar", ROOT)
+
+
+def build_image(archive: Path, source: Path) -> Path:
+    """The image of a tree, as it builds its own. Returns `archive`."""
     subprocess.run(
-        [sys.executable, str(ROOT / "hack" / "image.py"), "--output", str(archive)],
+        [sys.executable, str(source / "hack" / "image.py"), "--output", str(archive)],
         check=True,
-        env=environment,
+        env=os.environ | {"PYTHONPATH": str(source / "operator")},
     )
     return archive
 
