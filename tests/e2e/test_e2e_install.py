@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from tests.cluster import eventually
+from tests.documented import run_documented
 from tests.e2e import remains
 from tests.e2e.install import NODES, SYSTEM, Installation
 from tests.sandboxes import Object, Sandboxes
@@ -12,6 +13,19 @@ from sandkeeper.localcluster.watching import manifest
 
 # The first of them builds the image, unless $SANDKEEPER_TEST_IMAGE names it, and waits for all of Kubernetes.
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+
+
+def test_the_commands_of_the_page_as_they_stand_there(installation: Installation) -> None:
+    node = installation.node
+    run_documented(node, "kubectl apply --server-side -k manifests/")
+    run_documented(node, "kubectl -n sandkeeper-system rollout status")
+    run_documented(node, "kubectl -n sandkeeper-node rollout status")
+    run_documented(node, "kubectl wait sandboxnodes --all")
+    assert "hello" in run_documented(node, "kubectl apply -f examples/hello.yaml")
+    hello = Sandboxes(installation.kubectl, "default")
+    assert hello.until_finished("hello")["status"]["exitStatus"] == 0
+    hello.delete("hello")
+    hello.until_gone("hello")
 
 
 def test_a_sandbox_runs_and_its_exit_comes_back(sandboxes: Sandboxes) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.cluster import eventually
+from tests.documented import run_documented
 from tests.e2e import earlier, remains
 from tests.e2e.conftest import fresh_node
 from tests.e2e.install import NODES, ROOT, SYSTEM, Installation, build_image, image_archive, install
@@ -109,8 +110,7 @@ def test_an_upgrade_touches_nothing_that_runs(trial: Trial) -> None:
 
 
 def test_without_operator_and_shims_sandboxes_run_on_until_these_are_back(trial: Trial) -> None:
-    kubectl = trial.node.kubectl
-    kubectl("delete", "namespace", SYSTEM, NODES, "--timeout=180s")
+    run_documented(trial.node, "kubectl delete namespace sandkeeper-system")
     trial.assert_untouched()
     install(trial.node, trial.archive)
     trial.sandboxes.make("back")
@@ -124,11 +124,10 @@ def test_uninstalling_leaves_nothing(trial: Trial) -> None:
     assert our_processes(trial.node)
     names = kubectl("-n", "users", "get", "sandboxes", "-o", "jsonpath={.items[*].status.sandboxID}").split()
     assert len(names) >= len(trial.before)
-    kubectl("delete", "sandboxes", "--all", "--all-namespaces", "--timeout=120s")
+    run_documented(trial.node, "kubectl delete sandboxes --all")
     remains.assert_none(trial.node, names)
     remains.assert_no_sandbox(trial.node)
-    kubectl("delete", "sandboxnodes", "--all", "--timeout=120s")
-    kubectl("delete", "-k", str(ROOT / "manifests"), "--timeout=300s")
+    run_documented(trial.node, "kubectl delete -k manifests/")
     assert kubectl("api-resources", "--api-group=sandkeeper.dev", "-o", "name").split() == []
     namespaces = kubectl("get", "namespaces", "-o", "name").split()
     assert not {f"namespace/{SYSTEM}", f"namespace/{NODES}"} & set(namespaces)
@@ -137,7 +136,7 @@ def test_uninstalling_leaves_nothing(trial: Trial) -> None:
     assert left.split() == []
     eventually(lambda: not our_processes(trial.node), timeout=60, seen=lambda: our_processes(trial.node))
     # On its disk a node has images still. No mount is in the way.
-    trial.node.run_within("rm", "-r", "/var/lib/sandkeeper", "/run/sandkeeper")
+    run_documented(trial.node, "rm -r /var/lib/sandkeeper", here=False)
 
 
 def our_processes(node: OneNode) -> list[str]:
