@@ -11,6 +11,8 @@ PYTEST_ARGS ?=
 # been; more than a few of these fail the run (tests/conftest.py), and what is left behind or untrue fails at once.
 again := --reruns 1 --rerun-except 'left behind' --rerun-except 'untrue history'
 
+began := $(shell date +%s)
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test image e2e kind-up kind-test kind-down faults check bench crds stubs rules lock conformance setup lint unit clean
 
@@ -38,16 +40,15 @@ test-setup: setup
 demo: setup ## From kubectl apply to an exit status in the object, on a real API server and a real runtime
 	@KEEP=$(KEEP) $(bin)/sandkeeper demo
 
-test: test-setup check ## All tests: unit, then against a real API server with crun and runc
+test: test-setup check ## All tests: unit, then against a real API server with crun and runc, then on a real kubelet
 	@$(py) -m pytest tests --ignore=tests/unit --ignore=tests/e2e --ignore=tests/gitops $(again) $(PYTEST_ARGS)
+	@PY=$(py) hack/short-e2e.sh $(began) $(again) $(PYTEST_ARGS)
 
 image: $(VENV)/.ready ## The image of operator and shim, into build/sandkeeper.tar (with Docker, or as root with buildah)
 	@$(py) hack/image.py
 
-# No part of `make test`: it builds kubelet and its like first, a quarter of an hour on 2 cores with an empty cache.
-e2e: test-setup image ## A real Kubernetes of one node without Docker (needs root; the first time it builds kubelet)
-	@$(py) -m sandkeeper.localcluster.preflight --install --e2e
-	@$(py) -m sandkeeper.localcluster.binaries --e2e
+# `make test` runs a part of it (hack/short-e2e.sh).
+e2e: test-setup e2e-setup ## A real Kubernetes of one node without Docker (needs root; the first time it builds kubelet)
 	@SANDKEEPER_TEST_IMAGE=build/sandkeeper.tar $(py) -m pytest tests/e2e $(PYTEST_ARGS)
 
 kind-up: $(VENV)/.ready ## Sandkeeper on a cluster of kind's with two workers (needs Docker), with this tree's image
@@ -58,6 +59,11 @@ kind-test: $(VENV)/.ready ## The life of Sandboxes on it
 
 kind-down: $(VENV)/.ready ## Removes it
 	@$(py) hack/kind.py down
+
+.PHONY: e2e-setup
+e2e-setup: image
+	@$(py) -m sandkeeper.localcluster.preflight --install --e2e
+	@$(py) -m sandkeeper.localcluster.binaries --e2e
 
 faults: test-setup ## Every fault at every effect, and a table of what held (an hour)
 	@$(py) -m pytest tests/faults --faults=all $(PYTEST_ARGS)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from tests.cluster import eventually
 from tests.images import busybox_image, write_layout
 
@@ -20,7 +21,9 @@ from sandkeeper.localcluster.onenode import NODE, OneNode
 ROOT = Path(__file__).parents[2]
 SYSTEM, NODES = "sandkeeper-system", "sandkeeper-node"
 IMAGE = "SANDKEEPER_TEST_IMAGE"
-_LAYOUTS = "/var/lib/sandkeeper/layouts"
+# The first test waits for all of Kubernetes, and builds the image where it is not named.
+PATIENCE = pytest.mark.timeout(500 if os.environ.get(IMAGE) else 1800)
+LAYOUTS = "/var/lib/sandkeeper/layouts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +96,10 @@ def install(node: OneNode, archive: Path, manifests: Path = ROOT / "manifests") 
     made = Installation(node)
     kubectl = node.kubectl
     node.import_archive(archive)
-    write_layout(node.outside(_LAYOUTS), {OFFLINE_IMAGE: busybox_image()})  # there is no registry
+    write_layout(node.outside(LAYOUTS), {OFFLINE_IMAGE: busybox_image()})  # there is no registry
     kubectl("apply", "--server-side", "-k", str(manifests))
     settings = [
-        f"SANDKEEPER_SHIM_OCI__IMAGE_LAYOUTS={json.dumps([_LAYOUTS])}",
+        f"SANDKEEPER_SHIM_OCI__IMAGE_LAYOUTS={json.dumps([LAYOUTS])}",
         f"SANDKEEPER_SHIM_OCI__CGROUP_PARENT={node.sandboxes_cgroup}",
     ]
     kubectl("-n", NODES, "set", "env", "daemonset/sandkeeper-shim", *settings)

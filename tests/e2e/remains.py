@@ -38,7 +38,8 @@ def remains(node: OneNode, ids: Collection[str]) -> list[str]:
     for name in ids:
         found += [f"cgroup {each}" for each in _cgroups(node, name)]
         for folder in ("/var/lib/sandkeeper", "/run/sandkeeper"):
-            found += [f"folder {each}" for each in _below(node.outside(folder)) if name in each.name]
+            for root in (node.outside(folder), node.outside(f"{folder}-edge")):
+                found += [f"folder {each}" for each in _below(root) if name in each.name]
         found += _in_proc(name.encode())
     return found
 
@@ -56,7 +57,7 @@ def cgroups(pattern: str) -> list[Path]:
 def _cgroups(node: OneNode, name: str) -> list[Path]:
     """Those of a sandbox; of all but the engine's own where no name is given."""
     found: list[Path] = []
-    for root in cgroups(node.sandboxes_cgroup):
+    for root in cgroups(f"{node.cgroup}-*"):
         folders = _below(root) if name else root.iterdir()
         found += [each for each in folders if name in each.name and each != root and each.is_dir()]
     return [each for each in found if not each.name.startswith("_")]

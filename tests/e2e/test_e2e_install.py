@@ -6,13 +6,12 @@ import pytest
 from tests.cluster import eventually
 from tests.documented import run_documented
 from tests.e2e import remains
-from tests.e2e.install import NODES, SYSTEM, Installation
+from tests.e2e.install import NODES, PATIENCE, SYSTEM, Installation
 from tests.sandboxes import Object, Sandboxes
 
 from sandkeeper.localcluster.watching import manifest
 
-# The first of them builds the image, unless $SANDKEEPER_TEST_IMAGE names it, and waits for all of Kubernetes.
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.e2e, PATIENCE]
 
 
 def test_the_commands_of_the_page_as_they_stand_there(installation: Installation) -> None:

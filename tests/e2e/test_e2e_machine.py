@@ -7,13 +7,13 @@ import json
 import pytest
 from tests.cluster import eventually
 from tests.e2e import remains
-from tests.e2e.install import SYSTEM, Installation
+from tests.e2e.install import PATIENCE, SYSTEM, Installation
 from tests.e2e.test_e2e_install import started
 from tests.sandboxes import Object, Sandboxes, current, ready
 
 from sandkeeper.localcluster.onenode import NODE
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.e2e, PATIENCE]
 
 AGAIN = {"recreate": "OnFailure", "limit": 3, "backoffSeconds": 0}
 SLOW = 180.0
