@@ -128,6 +128,7 @@ def test_uninstalling_leaves_nothing(trial: Trial) -> None:
     remains.assert_none(trial.node, names)
     remains.assert_no_sandbox(trial.node)
     run_documented(trial.node, "kubectl delete -k manifests/")
+    run_documented(trial.node, "kubectl delete csr")
     assert kubectl("api-resources", "--api-group=sandkeeper.dev", "-o", "name").split() == []
     namespaces = kubectl("get", "namespaces", "-o", "name").split()
     assert not {f"namespace/{SYSTEM}", f"namespace/{NODES}"} & set(namespaces)
