@@ -1,6 +1,7 @@
 #!/bin/sh
 # The part of `make e2e` that `make test` runs at its end: the install on a real kubelet, restarts, a drain.
 # $1: when make began (seconds since 1970); the rest is pytest's. PY: Python.
+# Where Kubernetes' own node does not become ready its tests are skipped and say why; make e2e fails there.
 # CI has an hour for all, and this comes last: what could make it an hour is left out, and said to be.
 set -u
 began=$1
@@ -12,7 +13,7 @@ left_out() {
 [ "$(id -u)" = 0 ] || left_out "it needs root"
 [ $(($(date +%s) - began)) -lt 1800 ] || left_out "half an hour is over already"
 timeout -k 30 600 make --no-print-directory e2e-setup || left_out "what it needs could not be made within 10 minutes"
-SANDKEEPER_TEST_IMAGE=build/sandkeeper.tar timeout -s INT -k 60 720 "$PY" -m pytest \
+SANDKEEPER_TEST_NODE=optional SANDKEEPER_TEST_IMAGE=build/sandkeeper.tar timeout -s INT -k 60 720 "$PY" -m pytest \
   tests/e2e/test_e2e_node.py tests/e2e/test_e2e_install.py tests/e2e/test_e2e_machine.py "$@"
 status=$?
 case $status in
