@@ -76,7 +76,7 @@ class Crowd:
         each = [self._ready[name] - sent[name] for name in names if name in self._ready]
         made = Made(len(names), max(ended - began, 1e-9), each)
         if len(each) < len(names):
-            items = (await self._list())["items"]
+            items = (await self.send("GET"))["items"]
             made.lost = len(set(names) - {item["metadata"]["name"] for item in items if ready(item)})
         return made
 
@@ -111,7 +111,7 @@ class Crowd:
             self.watches += 1
 
     async def _relist(self) -> str:
-        listed, now = await self._list(), time.perf_counter()
+        listed, now = await self.send("GET"), time.perf_counter()
         there = {item["metadata"]["name"] for item in listed["items"]}
         for item in listed["items"]:
             self._note(item["metadata"]["name"], item, now)
@@ -165,10 +165,6 @@ class Crowd:
     async def patch(self, name: str, body: dict[str, Any], subresource: str = "") -> dict[str, Any]:
         """A merge patch. Raises WatchError."""
         return await self.send("PATCH", name + subresource, json=body, headers=_MERGE)
-
-    async def _list(self) -> dict[str, Any]:
-        answer: dict[str, Any] = json.loads(await self._request("GET", self._url))
-        return answer
 
     async def _request(self, verb: str, url: str, **options: Any) -> bytes:
         async with self._session.request(verb, url, **options) as answer:
